@@ -53,6 +53,7 @@ class Job:
 
     @property
     def pending(self) -> bool:
+        """Whether the job's result is missing."""
         return not os.path.lexists(self.creates)
 
 
@@ -155,9 +156,9 @@ def run_graph(jobs: list[Job], state_dir: Path, parallel: int, handle: int) -> N
                 )
             except OSError as error:
                 log.write(f"cannot start {job.argv[0]}: {error}\n".encode())
-                states[job.name].update(state="failed", rc=127, started=time.time(), ended=time.time())
+                states[job.name] = JobState(state="failed", rc=127, started=time.time(), ended=time.time())
                 return
-        states[job.name].update(state="running", started=time.time())
+        states[job.name] = JobState(state="running", rc=None, started=time.time(), ended=None)
 
     publish()
     while True:
@@ -178,7 +179,9 @@ def run_graph(jobs: list[Job], state_dir: Path, parallel: int, handle: int) -> N
                 with (state_dir / f"{name}.log").open("a") as log:
                     log.write(f"\nThe command ended well but did not make {job.creates}.\n")
                 rc = 1
-            states[name].update(state="failed" if rc else "done", rc=rc, ended=time.time())
+            states[name]["state"] = "failed" if rc else "done"
+            states[name]["rc"] = rc
+            states[name]["ended"] = time.time()
         time.sleep(0.2)
     publish(finished=True)
     os.close(handle)
@@ -202,7 +205,7 @@ def detach(jobs: list[Job], state_dir: Path, parallel: int, handle: int) -> None
     try:
         run_graph(jobs, state_dir, parallel, handle)
         code = 0
-    except BaseException as error:  # noqa: BLE001 - the last words of a process without a terminal
+    except BaseException as error:  # the last words of a process without a terminal
         (state_dir / "runner.log").write_text(f"{type(error).__name__}: {error}\n")
     finally:
         sys.stdout.flush()

@@ -1,0 +1,46 @@
+# One line a target; `make help` lists them. What they do is in deploy/kit.py and the playbooks.
+SITE ?= local
+PYTHON ?= $(firstword $(foreach p,/usr/bin/python3.13 /usr/bin/python3.12 /usr/bin/python3.11,$(wildcard $(p))) python3)
+ARGS ?=
+SERVICE ?=
+MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
+KIT = .venv/bin/python deploy/kit.py --site $(SITE)
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-dev deploy check status logs restart start stop debug uninstall release-file runtime-lock test lint unit integration e2e bench-deploy
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo; echo '  SITE=name   a folder below deploy/inventories (default: local, this machine)'; echo '  ARGS="-e name=value"   a setting for this run; settings that last: deploy/inventories/<site>/group_vars/kit/settings.yml'
+
+venv:
+	@$(PYTHON) deploy/bootstrap.py
+
+venv-dev:
+	@$(PYTHON) deploy/bootstrap.py --group dev
+
+deploy: venv  ## everything, to an answered question; DIFY=skip leaves Dify out; ARGS=--check only looks
+	@$(KIT) deploy $(MODE_ARGS) $(ARGS)
+
+check: venv  ## test the deployed hosts thoroughly
+	@$(KIT) check $(ARGS)
+
+status: venv  ## what runs, since when, on which port
+	@$(KIT) host status
+
+logs: venv  ## a service's log, SERVICE=api; follows it with ARGS=-f
+	@$(KIT) host logs $(SERVICE) $(ARGS)
+
+restart: venv  ## all services, or SERVICE=api
+	@$(KIT) host restart $(SERVICE)
+
+start: venv  ## start what `make stop` stopped
+	@$(KIT) host start
+
+stop: venv  ## stop all services, gracefully; data stays
+	@$(KIT) host stop
+
+debug: venv  ## SERVICE=api under a debugger to attach to
+	@$(KIT) host debug $(SERVICE)
+
+uninstall: venv  ## stop everything and remove the programs; data stays unless ARGS="-e kit_delete_data=yes"
+	@$(KIT) play uninstall $(ARGS)

@@ -1,0 +1,169 @@
+"""What the Makefile's targets do on the controller: run a playbook, the checks, or a command on a site's host.
+
+Exit status: 0 done; 2 something must be mended, the message says what; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DEPLOY = Path(__file__).resolve().parent
+ROOT = DEPLOY.parent
+BIN = Path(sys.executable).parent
+MEND = 2
+
+
+def clock(seconds: float) -> str:
+    """``0.4`` -> ``0.4 s``, ``75`` -> ``1 min 15 s``."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def inventory(site: str) -> Path:
+    """The folder of a site's inventory.
+
+    Raises:
+        SystemExit: there is none of that name; lists those there are.
+    """
+    folder = DEPLOY / "inventories" / site
+    if (folder / "hosts.yml").is_file():
+        return folder
+    known = sorted(path.parent.name for path in (DEPLOY / "inventories").glob("*/hosts.yml"))
+    fail(f"There is no site `{site}` ({folder}/hosts.yml).\nRemedy: SITE= one of {', '.join(known)}, or copy `example`.")
+
+
+def fail(message: str) -> Any:
+    """Say what is wrong and end with status 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(MEND)
+
+
+def site_state(folder: Path) -> dict[str, Any]:
+    """What the last deploy wrote about the site: hosts, ports, services; no secrets."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "site.json").read_text())
+    except FileNotFoundError:
+        fail(f"Nothing is deployed for this site yet ({folder}/site.json is missing).\nRemedy: make deploy")
+    return state
+
+
+def environment(run_file: str | None = None) -> dict[str, str]:
+    """The caller's environment, made fit for Ansible."""
+    env = {**os.environ, "ANSIBLE_CONFIG": str(DEPLOY / "ansible.cfg"), "ANSIBLE_HOME": str(ROOT / ".cache/ansible")}
+    # Ansible refuses to start in a locale that is not UTF-8.
+    env.setdefault("LC_ALL", "C.UTF-8")
+    if run_file:
+        env["KIT_RUN_FILE"] = run_file
+    return env
+
+
+def playbook(folder: Path, name: str, arguments: list[str]) -> tuple[int, dict[str, Any]]:
+    """Run a playbook; its exit status and what the callback recorded."""
+    with tempfile.TemporaryDirectory(prefix="kit-") as temporary:
+        record = Path(temporary) / "run.json"
+        status = subprocess.run(
+            [str(BIN / "ansible-playbook"), "-i", str(folder), f"{name}.yml", *arguments],
+            cwd=DEPLOY,
+            env=environment(str(record)),
+        ).returncode
+        run: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    return status, run
+
+
+def checks(folder: Path, arguments: list[str]) -> int:
+    """Run the host checks against the site; pytest's exit status."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests/hosts")]
+    return subprocess.run([*command, "--site", str(folder), *arguments], cwd=ROOT, env=environment()).returncode
+
+
+def deploy(folder: Path, arguments: list[str]) -> int:
+    """Deploy, check, summarize."""
+    begun = time.monotonic()
+    status, run = playbook(folder, "site", arguments)
+    if status:
+        steps = [step["name"] for step in run.get("steps", [])]
+        untouched = bool(run) and set(steps) <= {"preflight"} and not run["changed"]
+        print("\nNothing was changed." if untouched else "\nRun `make deploy` again once it is mended: it goes on from here.")
+        return MEND
+    if "--check" in arguments:
+        print(f"\nCheck mode: {run['changed']} would change. Nothing was done.")
+        return 0
+    checking = time.monotonic()
+    print("\nChecking the hosts")
+    if checks(folder, ["-m", "not deep"]):
+        print("\nDeployed, but a check failed (see above). Remedy: mend what it names, then `make deploy` again.")
+        return MEND
+    run["steps"].append({"name": "check", "seconds": round(time.monotonic() - checking, 1), "changed": 0})
+    print(summary(folder, run, time.monotonic() - begun))
+    return 0
+
+
+def summary(folder: Path, run: dict[str, Any], seconds: float) -> str:
+    """What a person wants to know at the end."""
+    state = site_state(folder)
+    lines = ["", "=" * 80, *run["summary"]]
+    release = f"Dify {state['release']}" if state["release"] else "without Dify"
+    lines += ["", f"{release}; {run['changed']} changed; {clock(seconds)} in all:"]
+    merged: dict[str, float] = {}
+    for step in run["steps"]:
+        merged[step["name"]] = merged.get(step["name"], 0) + step["seconds"]
+    lines.append("  " + ", ".join(f"{name} {clock(took)}" for name, took in merged.items() if took >= 0.05))
+    if run["notices"]:
+        lines += ["", "Worth knowing:", *(f"  - {notice}" for notice in run["notices"])]
+    lines += [
+        "",
+        "Next:",
+        "  make status                what runs",
+        "  make logs SERVICE=api      what a service says" if state["release"] else "  make logs SERVICE=inference",
+        "  make check                 test the hosts thoroughly",
+        "=" * 80,
+    ]
+    return "\n".join(lines)
+
+
+def on_hosts(folder: Path, arguments: list[str]) -> int:
+    """Run the host's own ``kitctl`` as the service user, the terminal connected; the worst exit status."""
+    worst = 0
+    for name, host in site_state(folder)["hosts"].items():
+        command = [f"{host['kit_home']}/runtime/bin/kitctl", *arguments]
+        if host["become"]:
+            command = ["su", "-s", "/bin/sh", host["kit_user"], "-c", f"cd / && exec {shlex.join(command)}"]
+        if host["connection"] != "local":
+            command = ["ssh", "-t", host["address"], shlex.join(command)]
+        if len(site_state(folder)["hosts"]) > 1:
+            print(f"--- {name}")
+        worst = max(worst, subprocess.run(command).returncode)
+    return worst
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--site", default="local", help="folder name below deploy/inventories")
+    parser.add_argument("verb", choices=["deploy", "check", "play", "host"])
+    options, arguments = parser.parse_known_args()
+    folder = inventory(options.site)
+    try:
+        if options.verb == "deploy":
+            return deploy(folder, arguments)
+        if options.verb == "check":
+            return checks(folder, arguments)
+        if options.verb == "play":
+            status, _run = playbook(folder, arguments[0], arguments[1:])
+            return MEND if status else 0
+        return on_hosts(folder, arguments)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Running builds go on in the background; `make deploy` goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
