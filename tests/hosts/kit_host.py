@@ -1,0 +1,77 @@
+"""A deployed host, for the checks in this folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import testinfra
+
+PROBE = Path(__file__).with_name("probe.py")
+
+
+class Supervised(NamedTuple):
+    """A program as supervisor sees it."""
+
+    state: str
+    pid: int | None
+    line: str
+
+
+class KitHost:
+    """One host of the site: what the deploy says about it, and ways to ask it.
+
+    >>> kit.ports["redis"], kit.probe("redis", port=kit.ports["redis"])
+    """
+
+    def __init__(self, name: str, facts: dict[str, Any]) -> None:
+        self.name = name
+        self.facts = facts
+        self.home: str = facts["kit_home"]
+        self.user: str = facts["kit_user"]
+        self.ports: dict[str, int] = facts["ports"]
+        self.services: list[str] = facts["services"]
+        self.url: str = facts["url"]
+        self.local: bool = facts["connection"] == "local"
+        self.host = testinfra.get_host("local://" if self.local else f"ssh://{facts['address']}")
+
+    def run(self, *command: str) -> str:
+        """Runs a command on the host as the service user; returns its output, fails with its words."""
+        line = shlex.join(command)
+        if self.facts["become"]:
+            line = shlex.join(["su", "-s", "/bin/sh", self.user, "-c", line])
+        result = self.host.run(line)
+        if result.rc:
+            pytest.fail(
+                f"{self.name}: `{command[0]}` ended {result.rc}:\n{result.stdout}{result.stderr}".strip(), pytrace=False
+            )
+        return str(result.stdout)
+
+    def probe(self, question: str, /, python: str = "runtime/venv/bin/python", **arguments: Any) -> Any:
+        """The answer to a question of probe.py; `python` is relative to kit_home."""
+        source = PROBE.read_text()
+        parameters = json.dumps({"home": self.home, **arguments})
+        return json.loads(self.run(f"{self.home}/{python}", "-c", source, question, parameters))
+
+    @functools.cached_property
+    def supervised(self) -> dict[str, Supervised]:
+        """Every program that supervisor knows on this host."""
+        # supervisorctl ends with 3 when any program doesn't run: that is for the tests to say.
+        script = "runtime/venv/bin/supervisorctl -c etc/supervisord.conf status || [ $? = 3 ]"
+        lines = self.run("sh", "-c", f"cd {shlex.quote(self.home)} && {{ {script}; }}").splitlines()
+        found = {}
+        for line in lines:
+            name, state, *rest = line.split()
+            found[name.rpartition(":")[2]] = Supervised(
+                state, int(rest[1].rstrip(",")) if rest[:1] == ["pid"] else None, line
+            )
+        return found
+
+    @functools.cached_property
+    def supervisord(self) -> int:
+        """The process that every service of the kit descends from."""
+        return int(self.run("cat", f"{self.home}/var/run/supervisord.pid"))

@@ -1,0 +1,43 @@
+"""PostgreSQL and Redis answer, and refuse strangers."""
+
+import pytest
+from kit_host import KitHost
+
+
+@pytest.mark.service("postgres")
+def test_postgres_answers(kit: KitHost) -> None:
+    answer = kit.probe("postgres", port=kit.ports["postgres"], databases=["dify", "dify_plugin", "dify_vector"])
+    for database, found in answer["databases"].items():
+        assert found["answer"] == 42, f"{database}: SELECT 6 * 7 gave {found['answer']}"
+        assert found["encoding"] == "UTF8", f"{database} is encoded as {found['encoding']}, Dify needs UTF8"
+        assert found["checksums"] == "on", f"{database} has no data checksums"
+    extensions = answer["databases"]["dify_vector"]["extensions"]
+    assert "vector" in extensions, f"dify_vector has {extensions} but not vector. Run `make deploy`."
+
+
+@pytest.mark.service("postgres")
+def test_postgres_refuses_a_wrong_password(kit: KitHost) -> None:
+    answer = kit.probe("postgres", port=kit.ports["postgres"], databases=["dify"])
+    assert answer["refuses_wrong_password"], (
+        f"PostgreSQL let a wrong password in. Look at {kit.home}/var/postgres/pg_hba.conf."
+    )
+
+
+@pytest.mark.service("redis")
+def test_redis_answers_and_refuses_strangers(kit: KitHost) -> None:
+    answer = kit.probe("redis", port=kit.ports["redis"])
+    assert answer["pong"] is True
+    assert answer["refuses_strangers"], (
+        f"Redis answers without a password. Look for requirepass in {kit.home}/etc/redis.conf."
+    )
+    assert answer["aof"] == 1, "Redis' append-only file is off: a crash loses queued work. Run `make deploy`."
+    assert answer["aof_last_write"] == "ok", "Redis could not write its append-only file. Is the disk full?"
+
+
+@pytest.mark.service("api")
+def test_database_is_at_the_release_schema(kit: KitHost) -> None:
+    answer = kit.probe("schema", port=kit.ports["postgres"])
+    assert answer["heads"], f"no migrations found under {kit.home}/current/api/migrations"
+    assert answer["current"] == answer["heads"], (
+        f"the database is at {answer['current']}, the release needs {answer['heads']}. Run `make deploy`."
+    )

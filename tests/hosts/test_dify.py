@@ -1,0 +1,59 @@
+"""Dify answers: page, queues, plugin and the sample app, in one piece and streamed."""
+
+import pytest
+from kit_host import KitHost
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.mark.service("web")
+def test_gateway_serves_the_page(kit: KitHost) -> None:
+    answer = kit.probe("page", url=f"{kit.url}/")
+    assert answer["status"] == 200, (
+        f"{kit.url}/ said {answer['status']}: {answer['html']}. Read `make logs SERVICE=web`."
+    )
+    assert answer["type"].startswith("text/html"), f"{kit.url}/ is {answer['type']}, not a page"
+    assert answer["script_status"] == 200, (
+        f"the page's script {answer['script']} said {answer['script_status']}: static files are missing"
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.service("worker")
+def test_every_queue_is_consumed(kit: KitHost) -> None:
+    consumed = kit.probe("queues", python="current/api/.venv/bin/python")
+    assert consumed, "no Celery worker answered within 5 s. Read `make logs SERVICE=worker`."
+    missing = set(kit.facts["queues"]) - {name for names in consumed.values() for name in names}
+    assert kit.facts["queues"], "site.json names no queues, so nothing was compared"
+    assert not missing, f"nobody consumes {sorted(missing)}; workers consume {consumed}. Run `make deploy`."
+
+
+@pytest.mark.service("plugin-daemon")
+def test_plugin_daemon_lists_the_provider(kit: KitHost) -> None:
+    answer = kit.probe("plugins", port=kit.ports["plugin_daemon"], postgres_port=kit.ports["postgres"])
+    assert answer["health"] == 200, (
+        f"the plugin daemon's health is {answer['health']}. Read `make logs SERVICE=plugin-daemon`."
+    )
+    assert answer["plugins"], f"no plugin is installed ({answer['message']}). Run `make deploy`."
+
+
+@pytest.mark.service("api")
+def test_question_is_answered(kit: KitHost) -> None:
+    answer = kit.probe("ask", url=kit.url, question=QUESTION)
+    assert answer["status"] == 200, f"Dify said {answer['status']}: {answer['answer']}. Read `make logs SERVICE=api`."
+    assert answer["answer"].strip(), "Dify's answer is empty. Read `make logs SERVICE=inference`."
+    assert answer["tokens"], "Dify counted no tokens: the answer did not come from a model"
+    assert answer["stranger_status"] == 401, (
+        f"a wrong app key was answered with {answer['stranger_status']} instead of 401"
+    )
+
+
+@pytest.mark.service("api")
+def test_answer_is_streamed_unbuffered(kit: KitHost) -> None:
+    answer = kit.probe("stream", url=kit.url, question=QUESTION)
+    assert answer["status"] == 200, f"Dify said {answer['status']}: {answer['answer']}. Read `make logs SERVICE=api`."
+    assert answer["last"] == "message_end", f"the stream ended with {answer['last']!r}: {answer['answer']}"
+    assert answer["pieces"] > 1, f"the answer came in {answer['pieces']} piece: {answer['answer']!r}"
+    assert answer["seconds"] > 0.01, (
+        f"{answer['pieces']} pieces came at once: something buffers between the API and {kit.url}"
+    )
