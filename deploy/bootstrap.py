@@ -71,7 +71,7 @@ def locked_uv(lock: str) -> tuple[str, str]:
         if machine and libc in name and f"{machine}." in f"{name.removesuffix('.whl')}.":
             return name, digest
     raise BootstrapError(
-        f"uv.lock has no uv for {platform.machine()} with {libc}.\nRemedy: run the kit from a Linux x86_64 or arm64 host."
+        f"uv.lock has no uv for {platform.machine()} with {libc}.\nRemedy: run the kit from Linux on x86_64 or arm64."
     )
 
 

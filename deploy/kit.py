@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 DEPLOY = Path(__file__).resolve().parent
 ROOT = DEPLOY.parent
@@ -37,10 +37,10 @@ def inventory(site: str) -> Path:
     if (folder / "hosts.yml").is_file():
         return folder
     known = sorted(path.parent.name for path in (DEPLOY / "inventories").glob("*/hosts.yml"))
-    fail(f"There is no site `{site}` ({folder}/hosts.yml).\nRemedy: SITE= one of {', '.join(known)}, or copy `example`.")
+    fail(f"There is no site `{site}` ({folder}/hosts.yml).\nRemedy: SITE= one of {', '.join(known)}.")
 
 
-def fail(message: str) -> Any:
+def fail(message: str) -> NoReturn:
     """Say what is wrong and end with status 2."""
     print(message, file=sys.stderr)
     raise SystemExit(MEND)
@@ -91,7 +91,7 @@ def deploy(folder: Path, arguments: list[str]) -> int:
     if status:
         steps = [step["name"] for step in run.get("steps", [])]
         untouched = bool(run) and set(steps) <= {"preflight"} and not run["changed"]
-        print("\nNothing was changed." if untouched else "\nRun `make deploy` again once it is mended: it goes on from here.")
+        print("\nNothing was changed." if untouched else "\nOnce it is mended, `make deploy` goes on from here.")
         return MEND
     if "--check" in arguments:
         print(f"\nCheck mode: {run['changed']} would change. Nothing was done.")
@@ -161,7 +161,7 @@ def main() -> int:
             return MEND if status else 0
         return on_hosts(folder, arguments)
     except KeyboardInterrupt:
-        print("\nInterrupted. Running builds go on in the background; `make deploy` goes on from here.", file=sys.stderr)
+        print("\nInterrupted. Builds go on in the background; `make deploy` goes on from here.", file=sys.stderr)
         return 130
 
 
