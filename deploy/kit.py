@@ -34,10 +34,10 @@ def inventory(site: str) -> Path:
         SystemExit: there is none of that name; lists those there are.
     """
     folder = DEPLOY / "inventories" / site
-    if (folder / "hosts.yml").is_file():
-        return folder
-    known = sorted(path.parent.name for path in (DEPLOY / "inventories").glob("*/hosts.yml"))
-    fail(f"There is no site `{site}` ({folder}/hosts.yml).\nRemedy: SITE= one of {', '.join(known)}.")
+    if not (folder / "hosts.yml").is_file():
+        known = sorted(path.parent.name for path in (DEPLOY / "inventories").glob("*/hosts.yml"))
+        fail(f"There is no site `{site}` ({folder}/hosts.yml).\nRemedy: SITE= one of {', '.join(known)}.")
+    return folder
 
 
 def fail(message: str) -> NoReturn:
@@ -110,8 +110,8 @@ def summary(folder: Path, run: dict[str, Any], seconds: float) -> str:
     """What a person wants to know at the end."""
     state = site_state(folder)
     lines = ["", "=" * 80, *run["summary"]]
-    release = f"Dify {state['release']}" if state["release"] else "without Dify"
-    lines += ["", f"{release}; {run['changed']} changed; {clock(seconds)} in all:"]
+    release = next((host["release"] for host in state["hosts"].values() if host["release"]), None)
+    lines += ["", f"{f'Dify {release}' if release else 'Without Dify'}; {run['changed']} changed; {clock(seconds)} in all:"]
     merged: dict[str, float] = {}
     for step in run["steps"]:
         merged[step["name"]] = merged.get(step["name"], 0) + step["seconds"]
@@ -122,7 +122,7 @@ def summary(folder: Path, run: dict[str, Any], seconds: float) -> str:
         "",
         "Next:",
         "  make status                what runs",
-        "  make logs SERVICE=api      what a service says" if state["release"] else "  make logs SERVICE=inference",
+        "  make logs SERVICE=api      what a service says" if release else "  make logs SERVICE=inference",
         "  make check                 test the hosts thoroughly",
         "=" * 80,
     ]
