@@ -111,7 +111,8 @@ def summary(folder: Path, run: dict[str, Any], seconds: float) -> str:
     state = site_state(folder)
     lines = ["", "=" * 80, *run["summary"]]
     release = next((host["release"] for host in state["hosts"].values() if host["release"]), None)
-    lines += ["", f"{f'Dify {release}' if release else 'Without Dify'}; {run['changed']} changed; {clock(seconds)} in all:"]
+    what = f"Dify {release}" if release else "Without Dify"
+    lines += ["", f"{what}; {run['changed']} changed; {clock(seconds)} in all:"]
     merged: dict[str, float] = {}
     for step in run["steps"]:
         merged[step["name"]] = merged.get(step["name"], 0) + step["seconds"]
