@@ -1,0 +1,259 @@
+"""What the kit knows about one release of Dify: is the data sound, which advisories are open, what must be adjusted.
+
+The data is a file of ``deploy/releases``. This module only decides over it: the caller has parsed the YAML, because
+a host has no YAML parser to offer. What a release's source says about itself is read by ``kit_release_source``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+import subprocess
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# What a person must still decide in a drafted file. No release that holds it passes validation.
+FILL_IN = "FILL IN"
+SEVERITIES = ("low", "medium", "high", "critical")
+ADJUST_MODES = ("auto", "always", "never")
+PROBE_SECONDS = 15.0
+
+Release = Mapping[str, Any]
+
+
+class ReleaseError(Exception):
+    """A release file, or a source tree it should fit, is not as it must be. The text says where, and what to do."""
+
+
+# --- Is the file sound? ---------------------------------------------------------------------------------------------
+
+_COMMIT = r"[0-9a-f]{40}"
+_VERSION = r"\d+\.\d+\.\d+"
+
+# A scalar's whole text must match; a list of one schema holds any number of such items; a key that ends in "?" may be
+# absent; "*" stands for every key of a mapping. Mappings and lists of plain words must be sorted, but for those that
+# say so in _UNSORTED.
+_EDIT = {"count": r"[1-9]\d*", "file": r"[^/].*", "pattern": r"(?s).+", "replacement": r"(?s).*"}
+SCHEMA: dict[str, Any] = {
+    "adjustments": [
+        {
+            "consequence": r"(?s).+",
+            "edits": [_EDIT],
+            "name": r"[a-z0-9-]+",
+            "reason": r"(?s).+",
+            "when_unreachable": r"(git\+)?https://.+",
+        }
+    ],
+    "advisories": [
+        {
+            "consequence": r"(?s).+",
+            "cve": r"CVE-\d{4}-\d+|",
+            "fixed_in": rf"{_VERSION}|",
+            "id": r"[A-Za-z0-9-]+",
+            "remedy": r"(?s).+",
+            "severity": "|".join(SEVERITIES),
+            "summary": r"(?s).+",
+        }
+    ],
+    "celery": {"app": r"[\w.]+", "beat_app": r"[\w.]+", "pool": r"\w+", "queues": [r"[a-z_]+"]},
+    "compose": {"services": {"*": r"\S*"}},
+    "dify": {"commit": _COMMIT, "repository": r"https://.+", "tag": r"\S+"},
+    "gunicorn": {"app": r"[\w:.]+", "flags": [r"--[a-z-]+"], "options": {"*": r"\S+"}},
+    "plugin_daemon": {"commit": _COMMIT, "repository": r"https://.+", "tag": r"\S+"},
+    "sandbox": {"version": _VERSION},
+    "toolchain": {
+        "go": r"\d+\.\d+(\.\d+)?",
+        "node": r"\S+",
+        "pnpm": {"integrity": r"sha512-[A-Za-z0-9+/]{86}==", "version": _VERSION},
+        "python": r"\S+",
+    },
+    "upgrade": {
+        "from": _VERSION,
+        "steps": [
+            {"before": _VERSION, "command": [r"\S+"], "directory": r"[\w-]+", "name": r"[a-z0-9-]+", "reason": r"(?s).+"}
+        ],
+    },
+}
+# A command is in the order of its words; advisories, adjustments and steps are in the order in which they matter.
+_UNSORTED = re.compile(r"(\.command|^advisories|^adjustments|\.edits|\.steps)$")
+
+
+def validate_release(data: object, schema: object = None, where: str = "") -> list[str]:
+    """Return every problem of a parsed release file, each with its place, e.g. ``dify.commit: ...``."""
+    schema = SCHEMA if schema is None else schema
+    if isinstance(schema, dict):
+        return _validate_mapping(data, schema, where)
+    if isinstance(schema, list):
+        if not isinstance(data, list):
+            return [f"{where}: must be a list"]
+        problems = [p for i, item in enumerate(data) for p in validate_release(item, schema[0], f"{where}[{i}]")]
+        if all(isinstance(item, str) for item in data):
+            problems += _validate_order(data, where)
+        return problems
+    if isinstance(data, bool) or not isinstance(data, (str, int)):
+        return [f"{where}: must be text or a number"]
+    text = str(data)
+    if FILL_IN in text:
+        return [f"{where}: still says {FILL_IN!r}; a person must decide it"]
+    return [] if re.fullmatch(str(schema), text) else [f"{where}: {text!r} does not have the form {schema}"]
+
+
+def _validate_mapping(data: object, schema: dict[str, Any], where: str) -> list[str]:
+    if data == FILL_IN:
+        return [f"{where}: still says {FILL_IN!r}; a person must decide it"]
+    if not isinstance(data, dict):
+        return [f"{where or 'the file'}: must be a mapping"]
+    prefix = f"{where}." if where else ""
+    problems = [f"{prefix}{key}: is missing" for key in schema if key != "*" and key not in data]
+    for key, value in data.items():
+        wanted = schema.get(key, schema.get("*"))
+        problems += (
+            [f"{prefix}{key}: is not known here"]
+            if wanted is None
+            else validate_release(value, wanted, f"{prefix}{key}")
+        )
+    return problems + _validate_order(list(data), where)
+
+
+def _validate_order(words: list[Any], where: str) -> list[str]:
+    if _UNSORTED.search(where) or words == sorted(set(words)):
+        return []
+    first = next((b for a, b in zip(words, sorted(set(words)), strict=False) if a != b), words[-1])
+    return [f"{where or 'the file'}: must be sorted and without repeats, see {first!r}"]
+
+
+# --- Advisories -----------------------------------------------------------------------------------------------------
+
+
+def open_advisories(release: Release, acknowledged: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the release's critical advisories that the site has not acknowledged by id (or by CVE number)."""
+    named = set(acknowledged)
+    return [
+        dict(advisory)
+        for advisory in release["advisories"]
+        if advisory["severity"] == "critical" and not named & {advisory["id"], advisory["cve"]}
+    ]
+
+
+# --- Adjustments ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Probe:
+    """Says whether an address answers from here; asks each address once.
+
+    ``git+https://...`` is asked with git, so that a user's mirror (``insteadOf``), proxy and certificates count;
+    anything else with an HTTP HEAD request. ``environment`` is that of the build: its proxy and certificates are used.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    seconds: float = PROBE_SECONDS
+    _known: dict[str, bool] = field(default_factory=dict)
+
+    def reachable(self, address: str) -> bool:
+        """Return True if the address answers within ``seconds``; a refusal of any kind is False."""
+        if address not in self._known:
+            git = address.startswith("git+")
+            self._known[address] = self._git(address[len("git+") :]) if git else self._http(address)
+        return self._known[address]
+
+    def _git(self, address: str) -> bool:
+        environment = {**self.environment, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"}
+        command = ["git", "ls-remote", "--quiet", address, "HEAD"]
+        try:
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=self.seconds
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
+
+    def _http(self, address: str) -> bool:
+        # The build's proxy, not this process's: a module runs in the environment of whoever logged in.
+        proxies = {scheme: url for scheme in ("http", "https") if (url := self.environment.get(f"{scheme}_proxy"))}
+        context = ssl.create_default_context(cafile=self.environment.get("SSL_CERT_FILE") or None)
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
+        )
+        try:
+            with opener.open(urllib.request.Request(address, method="HEAD"), timeout=self.seconds):
+                return True
+        except (OSError, ValueError):  # urllib's errors are OSErrors
+            return False
+
+
+def choose_adjustments(
+    release: Release, mode: str = "auto", reachable: Callable[[str], bool] | None = None
+) -> list[dict[str, Any]]:
+    """Return the release's adjustments that are wanted here.
+
+    ``mode``: ``auto`` takes those whose ``when_unreachable`` does not answer, ``always`` all, ``never`` none.
+    """
+    if mode not in ADJUST_MODES:
+        raise ReleaseError(f"dify_source_adjustments: {mode!r} is none of {', '.join(ADJUST_MODES)}")
+    if mode == "never":
+        return []
+    reachable = reachable or Probe().reachable
+    return [dict(a) for a in release["adjustments"] if mode == "always" or not reachable(a["when_unreachable"])]
+
+
+def apply_adjustments(adjustments: Iterable[Mapping[str, Any]], root: str | Path) -> list[str]:
+    """Edit the source tree ``root``: all edits or, on the first that does not fit, none. Return the changed files.
+
+    Each edit's ``pattern`` (a regular expression, ``^`` and ``$`` match at lines) must match exactly ``count`` times;
+    every match is replaced by ``replacement``, taken literally. Not idempotent on purpose: a tree that was adjusted
+    before does not fit, so apply it to a fresh checkout. Raises ReleaseError naming file and pattern.
+    """
+    root = Path(root)
+    texts: dict[str, str] = {}
+    for adjustment in adjustments:
+        for edit in adjustment["edits"]:
+            name = edit["file"]
+            what = f"Adjustment {adjustment['name']!r}: {root / name}"
+            try:
+                text = texts[name] if name in texts else (root / name).read_bytes().decode()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ReleaseError(f"{what} cannot be read: {error}. {_REMEDY}") from None
+            replacement = str(edit["replacement"])
+            texts[name], found = re.subn(edit["pattern"], lambda _, new=replacement: new, text, flags=re.MULTILINE)
+            if found != int(edit["count"]):
+                raise ReleaseError(
+                    f"{what}: the pattern {edit['pattern']!r} matches {found} times, not {edit['count']}. {_REMEDY}"
+                )
+    for name, text in texts.items():
+        _write(root / name, text)
+    return sorted(texts)
+
+
+_REMEDY = (
+    "Remedy: apply it to an untouched checkout of the release; if this is one, correct the adjustment in "
+    "deploy/releases, or set dify_source_adjustments: never where the network reaches everything."
+)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file atomically, keeping its mode; a hard link elsewhere (a shared cache) keeps the old content."""
+    mode = path.stat().st_mode & 0o777
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def adjustment_notices(adjustments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return one line an adjustment for the run's summary: what was done and what it means."""
+    return [f"source adjusted ({a['name']}): {_one_line(a['reason'])} {_one_line(a['consequence'])}" for a in adjustments]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

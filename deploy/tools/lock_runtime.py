@@ -1,0 +1,96 @@
+"""Rewrite the runtime role's pins: `make runtime-lock [ARGS="go=1.26.12 pnpm=11.11.0"]`.
+
+Without arguments every hash is asked for again and the server wheels' requirements are compiled again: the files stay
+as they are when nothing moved. ``tool=version`` moves a tool; pnpm collects versions, as each Dify release names its own.
+Review the diff like code: these hashes are what every host will trust.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROLE = Path(__file__).resolve().parents[2] / "roles" / "runtime"
+LOCK = ROLE / "vars" / "main.yml"
+HEADER = """\
+# Pinned artefacts of the runtime: tool -> version -> platform. Written by `make runtime-lock`, read by kit_runtime.
+# The hash is the one that the registry publishes (PyPI sha256, npm integrity, Go's h1 sum out of sum.golang.org).
+"""
+PLATFORMS = {"linux-x64": ("x86_64", "amd64"), "linux-arm64": ("aarch64", "arm64")}
+
+
+def ask(url: str) -> bytes:
+    """Return a registry's answer."""
+    context = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or None)
+    with urllib.request.urlopen(url, timeout=60, context=context) as response:
+        body: bytes = response.read()
+    return body
+
+
+def npm(package: str, version: str) -> dict[str, str]:
+    """Return npm's artefact; its integrity is npm's own."""
+    answer = json.loads(ask(f"https://registry.npmjs.org/{package}/{version}"))
+    return {"source": "npm", "name": package, "hash": answer["dist"]["integrity"]}
+
+
+def pypi(project: str, version: str, machine: str) -> dict[str, str]:
+    """Return the wheel for glibc on a machine that asks for the oldest glibc (they sort first)."""
+    files = json.loads(ask(f"https://pypi.org/pypi/{project}/{version}/json"))["urls"]
+    wheel = min(
+        (f for f in files if f["filename"].endswith(".whl") and machine in f["filename"] and "manylinux" in f["filename"]),
+        key=lambda f: str(f["filename"]),
+    )
+    return {"source": "pypi", "name": wheel["filename"], "hash": f"sha256-{wheel['digests']['sha256']}"}
+
+
+def go(version: str, machine: str) -> dict[str, str]:
+    """Return Go's toolchain module, with the sum that Go's public checksum database keeps for it."""
+    name = f"golang.org/toolchain@v0.0.1-go{version}.linux-{machine}"
+    answer = ask(f"https://proxy.golang.org/sumdb/sum.golang.org/lookup/{name}").decode()
+    module, _, module_version = name.partition("@")
+    line = next(line for line in answer.splitlines() if line.startswith(f"{module} {module_version} h1:"))
+    return {"source": "go", "name": name, "hash": line.split()[-1]}
+
+
+def artefacts(tool: str, version: str) -> dict[str, dict[str, str]]:
+    """Return a version's artefacts by platform."""
+    if tool == "pnpm":
+        return {"any": npm("pnpm", version)}
+    if tool == "node":
+        return {platform: npm(f"node-{platform}", version) for platform in PLATFORMS}
+    if tool == "go":
+        return {platform: go(version, machine) for platform, (_, machine) in PLATFORMS.items()}
+    return {platform: pypi(tool, version, machine) for platform, (machine, _) in PLATFORMS.items()}
+
+
+def main(arguments: list[str]) -> int:
+    """Write vars/main.yml and files/requirements.txt."""
+    lock: dict[str, Any] = yaml.safe_load(LOCK.read_text()) if LOCK.exists() else {}
+    versions = {tool: set(pins) for tool, pins in lock.get("runtime_lock", {}).items()}
+    for argument in arguments:
+        tool, _, version = argument.partition("=")
+        if not version or tool not in ("go", "node", "patchelf", "pnpm", "uv"):
+            print(f"{argument}: expected TOOL=VERSION with go, node, patchelf, pnpm or uv", file=sys.stderr)
+            return 2
+        versions[tool] = (versions.get(tool, set()) if tool == "pnpm" else set()) | {version}
+    pins = {tool: {version: artefacts(tool, version) for version in found} for tool, found in versions.items()}
+    LOCK.write_text(HEADER + yaml.safe_dump({"runtime_lock": pins}, sort_keys=True, explicit_start=True, width=200))
+    subprocess.run(
+        ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.12", "--generate-hashes",
+         "--custom-compile-command", "make runtime-lock", "requirements.in", "--output-file", "requirements.txt"],
+        cwd=ROLE / "files",
+        check=True,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
