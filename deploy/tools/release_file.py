@@ -22,8 +22,8 @@ import yaml
 
 # Run as a script, not as a package: the kit's plugins are a folder of modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugins"))
-from module_utils.kit_release import FILL_IN, validate_release  # noqa: E402
-from module_utils.kit_release_source import SourceError, read_env_keys, read_source  # noqa: E402
+from module_utils.kit_release import FILL_IN, SCHEMA, validate_release
+from module_utils.kit_release_source import SourceError, read_env_keys, read_source
 
 RELEASES = Path(__file__).resolve().parents[1] / "releases"
 DIFY = "https://github.com/langgenius/dify"
@@ -33,18 +33,19 @@ NPM = "https://registry.npmjs.org"
 HEADER = """\
 # What the kit knows about Dify {version}. README.md beside it explains the parts.
 # Written by `make release-file VERSION={version}`; adjustments, advisories, commits and upgrade are a person's.
+# yamllint disable rule:line-length
 """
 COMMENTS = {
-    "adjustments": "Edits of the source for networks that cannot reach an address (dify_source_adjustments: auto).",
-    "advisories": "Open in this release. A critical one stops the deploy until dify_acknowledged_advisories names it.",
-    "celery": "How upstream starts worker and beat; a queue that no worker consumes is a task that waits for ever.",
-    "compose": "Services of upstream's Compose file and their images; empty: upstream builds it itself.",
     "dify": "Pinned: a clone whose tag gives another commit is refused (dify_source_verify).",
-    "gunicorn": "How upstream starts the API; options with their defaults.",
     "plugin_daemon": "The daemon that this release's Compose file names.",
     "sandbox": "The sandbox that this release's Compose file names.",
-    "toolchain": "What the source asks for: go at least this; node, python as its own range; pnpm exactly.",
-    "upgrade": "From which version an upgrade may come, and what it runs after the migration, coming from before.",
+    "toolchain": "What the source asks for: go at least this; node, python within its own range; pnpm exactly.",
+    "advisories": "Open in this release. A critical one stops the deploy until dify_acknowledged_advisories names it.",
+    "upgrade": "The oldest release whose data an upgrade was proved with; steps after the migration of an older one.",
+    "adjustments": "Edits of the source for networks that cannot reach an address (dify_source_adjustments: auto).",
+    "gunicorn": "How upstream starts the API; options with their defaults.",
+    "celery": "How upstream starts worker and beat; a queue that no worker consumes is a task that waits for ever.",
+    "compose": "Services of upstream's Compose file and their images; empty: upstream builds it itself.",
 }
 ENV_HEADER = """\
 # Environment variables that Dify {version} reads, by component. Written by `make release-file VERSION={version}`.
@@ -69,19 +70,20 @@ _Dumper.add_representer(str, _text)
 _Dumper.add_representer(_Block, _text)
 
 
-def _ordered(value: Any, key: str = "") -> Any:
-    """Sort the keys of all mappings, and mark what is to be shown as a block."""
+def _ordered(value: Any, schema: Any, key: str = "") -> Any:
+    """Bring mappings into the schema's order, others into the alphabet's; mark what is to be shown as a block."""
     if isinstance(value, dict):
-        return {name: _ordered(value[name], name) for name in sorted(value)}
+        names = [name for name in schema if name in value] if "*" not in schema else sorted(value)
+        return {name: _ordered(value[name], schema.get(name, ""), name) for name in names}
     if isinstance(value, list):
-        return [_ordered(item) for item in value]
+        return [_ordered(item, schema[0] if isinstance(schema, list) else "") for item in value]
     return _Block(value) if key in ("pattern", "replacement") else value
 
 
 def render(data: dict[str, Any], header: str, comments: dict[str, str]) -> str:
-    """Return the YAML of a file: the header, then each part, sorted, under its comment."""
+    """Return the YAML of a file: the header, then each part under its comment."""
     parts = [header]
-    for key, value in _ordered(data).items():
+    for key, value in data.items():
         comment = f"# {comments[key]}\n" if key in comments else ""
         parts.append(comment + yaml.dump({key: value}, Dumper=_Dumper, width=110, sort_keys=False))
     return "\n".join(parts)
@@ -106,14 +108,16 @@ def draft(
         commit = _git("-C", str(path), "rev-parse", "HEAD")
         pinned = known.get(part, {}).get("commit", commit)
         if pinned != commit:
-            notes.append(f"{part}.commit: this checkout is {commit}; the file's {pinned} is kept: a mirror or a moved tag?")
+            notes.append(
+                f"{part}.commit: kept; this checkout is {commit} (a mirror with its own history, or a moved tag)"
+            )
         data[part] = {"commit": pinned, "repository": known.get(part, {}).get("repository", repository), "tag": tag}
     pnpm = found["toolchain"]["pnpm"]
     before = known.get("toolchain", {}).get("pnpm", {})
     pnpm["integrity"] = (
         before["integrity"] if before.get("version") == pnpm["version"] else _integrity(pnpm["version"], registry)
     )
-    return {key: _ordered(data[key]) for key in sorted(data)}, notes
+    return _ordered(data, SCHEMA), notes
 
 
 def _integrity(version: str, registry: str) -> str:
@@ -128,12 +132,12 @@ def _git(*arguments: str) -> str:
 
 def _clone(repository: str, tag: str, folder: Path) -> Path:
     print(f"cloning {repository} {tag} ...", file=sys.stderr)
-    _git("-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", tag, repository, str(folder))
+    _git("clone", "--quiet", "--depth", "1", "--branch", tag, repository, str(folder))
     return folder
 
 
-def write(version: str, dify: Path | None, daemon: Path | None, releases: Path) -> list[str]:
-    """Write ``<version>.yml`` and ``env-keys/<version>.yml``; return notes, the last ones are what must be filled in."""
+def write(version: str, dify: Path | None, daemon: Path | None, releases: Path) -> tuple[list[str], list[str]]:
+    """Write ``<version>.yml`` and ``env-keys/<version>.yml``; return notes, and what a person must still do."""
     target = releases / f"{version}.yml"
     known = yaml.safe_load(target.read_text(encoding="utf-8")) if target.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -146,7 +150,7 @@ def write(version: str, dify: Path | None, daemon: Path | None, releases: Path) 
     env_target = releases / "env-keys" / f"{version}.yml"
     env_target.parent.mkdir(exist_ok=True)
     env_target.write_text(render(env_keys, ENV_HEADER.format(version=version), {}), encoding="utf-8")
-    return notes + [f"{target.name}: {problem}" for problem in validate_release(data)]
+    return notes, [f"{target}: {problem}" for problem in validate_release(data)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,16 +162,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--releases", type=Path, default=RELEASES, help="folder to write to (default: deploy/releases)")
     options = parser.parse_args(arguments)
     try:
-        notes = write(options.version, options.checkout, options.daemon_checkout, options.releases)
+        notes, problems = write(options.version, options.checkout, options.daemon_checkout, options.releases)
     except SourceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"error: {' '.join(error.cmd)}\n{error.stderr}", file=sys.stderr)
+        print(f"error: {' '.join(error.cmd)}: {error.stderr.strip()}", file=sys.stderr)
         return 2
-    for note in notes:
-        print(note)
-    return 1 if notes else 0
+    except OSError as error:
+        print(f"error: the registry does not tell pnpm's hash: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(notes + problems) or f"{options.version}: nothing left to decide")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

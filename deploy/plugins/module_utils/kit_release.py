@@ -34,97 +34,103 @@ class ReleaseError(Exception):
 
 _COMMIT = r"[0-9a-f]{40}"
 _VERSION = r"\d+\.\d+\.\d+"
+_NAME = r"[a-z0-9]+(-[a-z0-9]+)*"
+_TEXT = r"(?s).*\S.*"
 
-# A scalar's whole text must match; a list of one schema holds any number of such items; a key that ends in "?" may be
-# absent; "*" stands for every key of a mapping. Mappings and lists of plain words must be sorted, but for those that
-# say so in _UNSORTED.
-_EDIT = {"count": r"[1-9]\d*", "file": r"[^/].*", "pattern": r"(?s).+", "replacement": r"(?s).*"}
+# The file's form and order. A scalar's whole text must match; a list of one schema holds any number of such items;
+# "*" stands for any key. Keys of "*" and lists of words must be sorted; not so the words of a command.
 SCHEMA: dict[str, Any] = {
-    "adjustments": [
-        {
-            "consequence": r"(?s).+",
-            "edits": [_EDIT],
-            "name": r"[a-z0-9-]+",
-            "reason": r"(?s).+",
-            "when_unreachable": r"(git\+)?https://.+",
-        }
-    ],
-    "advisories": [
-        {
-            "consequence": r"(?s).+",
-            "cve": r"CVE-\d{4}-\d+|",
-            "fixed_in": rf"{_VERSION}|",
-            "id": r"[A-Za-z0-9-]+",
-            "remedy": r"(?s).+",
-            "severity": "|".join(SEVERITIES),
-            "summary": r"(?s).+",
-        }
-    ],
-    "celery": {"app": r"[\w.]+", "beat_app": r"[\w.]+", "pool": r"\w+", "queues": [r"[a-z_]+"]},
-    "compose": {"services": {"*": r"\S*"}},
-    "dify": {"commit": _COMMIT, "repository": r"https://.+", "tag": r"\S+"},
-    "gunicorn": {"app": r"[\w:.]+", "flags": [r"--[a-z-]+"], "options": {"*": r"\S+"}},
-    "plugin_daemon": {"commit": _COMMIT, "repository": r"https://.+", "tag": r"\S+"},
+    "dify": {"tag": r"\S+", "commit": _COMMIT, "repository": r"https://.+"},
+    "plugin_daemon": {"tag": r"\S+", "commit": _COMMIT, "repository": r"https://.+"},
     "sandbox": {"version": _VERSION},
     "toolchain": {
         "go": r"\d+\.\d+(\.\d+)?",
         "node": r"\S+",
-        "pnpm": {"integrity": r"sha512-[A-Za-z0-9+/]{86}==", "version": _VERSION},
+        "pnpm": {"version": _VERSION, "integrity": r"sha512-[A-Za-z0-9+/]{86}=="},
         "python": r"\S+",
     },
+    "advisories": [
+        {
+            "id": r"[A-Za-z0-9-]+",
+            "cve": r"(CVE-\d{4}-\d+)?",
+            "severity": "|".join(SEVERITIES),
+            "summary": _TEXT,
+            "consequence": _TEXT,
+            "fixed_in": rf"({_VERSION})?",
+            "remedy": _TEXT,
+        }
+    ],
     "upgrade": {
         "from": _VERSION,
         "steps": [
-            {"before": _VERSION, "command": [r"\S+"], "directory": r"[\w-]+", "name": r"[a-z0-9-]+", "reason": r"(?s).+"}
+            {"name": _NAME, "before": _VERSION, "directory": r"[\w-]+", "command": [r".+"], "reason": _TEXT},
         ],
     },
+    "adjustments": [
+        {
+            "name": _NAME,
+            "when_unreachable": r"(git\+)?https://\S+",
+            "reason": _TEXT,
+            "consequence": _TEXT,
+            "edits": [
+                {"file": r"[\w.-]+(/[\w.-]+)*", "pattern": _TEXT, "replacement": r"(?s).*", "count": r"[1-9]\d*"},
+            ],
+        }
+    ],
+    "gunicorn": {"app": r"[\w:.]+", "flags": [r"--[a-z-]+"], "options": {"*": r"\S+"}},
+    "celery": {"app": r"[\w.]+", "beat_app": r"[\w.]+", "pool": r"\w+", "queues": [r"[a-z_]+"]},
+    "compose": {"services": {"*": r"\S*"}},
 }
-# A command is in the order of its words; advisories, adjustments and steps are in the order in which they matter.
-_UNSORTED = re.compile(r"(\.command|^advisories|^adjustments|\.edits|\.steps)$")
 
 
 def validate_release(data: object, schema: object = None, where: str = "") -> list[str]:
     """Return every problem of a parsed release file, each with its place, e.g. ``dify.commit: ...``."""
     schema = SCHEMA if schema is None else schema
+    if data == FILL_IN:
+        return [f"{where}: still says {FILL_IN!r}; a person must decide it"]
     if isinstance(schema, dict):
         return _validate_mapping(data, schema, where)
     if isinstance(schema, list):
         if not isinstance(data, list):
             return [f"{where}: must be a list"]
         problems = [p for i, item in enumerate(data) for p in validate_release(item, schema[0], f"{where}[{i}]")]
-        if all(isinstance(item, str) for item in data):
-            problems += _validate_order(data, where)
-        return problems
+        return problems + ([] if where.endswith(".command") else _validate_order(data, where))
     if isinstance(data, bool) or not isinstance(data, (str, int)):
-        return [f"{where}: must be text or a number"]
-    text = str(data)
-    if FILL_IN in text:
-        return [f"{where}: still says {FILL_IN!r}; a person must decide it"]
-    return [] if re.fullmatch(str(schema), text) else [f"{where}: {text!r} does not have the form {schema}"]
+        return [f"{where}: must be text or a number, in quotes if it looks like something else"]
+    if re.fullmatch(str(schema), str(data)) is None:
+        return [f"{where}: {str(data)!r} does not have the form {schema}"]
+    return _validate_pattern(str(data), where) if where.endswith(".pattern") else []
 
 
 def _validate_mapping(data: object, schema: dict[str, Any], where: str) -> list[str]:
-    if data == FILL_IN:
-        return [f"{where}: still says {FILL_IN!r}; a person must decide it"]
     if not isinstance(data, dict):
         return [f"{where or 'the file'}: must be a mapping"]
     prefix = f"{where}." if where else ""
     problems = [f"{prefix}{key}: is missing" for key in schema if key != "*" and key not in data]
     for key, value in data.items():
         wanted = schema.get(key, schema.get("*"))
-        problems += (
-            [f"{prefix}{key}: is not known here"]
-            if wanted is None
-            else validate_release(value, wanted, f"{prefix}{key}")
-        )
-    return problems + _validate_order(list(data), where)
+        if wanted is None:
+            problems.append(f"{prefix}{key}: is not known here")
+        else:
+            problems += validate_release(value, wanted, f"{prefix}{key}")
+    return problems + (_validate_order(list(data), where) if "*" in schema else [])
 
 
-def _validate_order(words: list[Any], where: str) -> list[str]:
-    if _UNSORTED.search(where) or words == sorted(set(words)):
+def _validate_order(items: list[Any], where: str) -> list[str]:
+    words = [item for item in items if isinstance(item, str)]
+    expected = sorted(set(words))
+    if words == expected:
         return []
-    first = next((b for a, b in zip(words, sorted(set(words)), strict=False) if a != b), words[-1])
-    return [f"{where or 'the file'}: must be sorted and without repeats, see {first!r}"]
+    first = next((word for word, wanted in zip(words, expected, strict=False) if word != wanted), words[-1])
+    return [f"{where}: must be sorted and without repeats, see {first!r}"]
+
+
+def _validate_pattern(pattern: str, where: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{where}: {pattern!r} is not a regular expression: {error}"]
+    return []
 
 
 # --- Advisories -----------------------------------------------------------------------------------------------------
@@ -252,7 +258,9 @@ def _write(path: Path, text: str) -> None:
 
 def adjustment_notices(adjustments: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return one line an adjustment for the run's summary: what was done and what it means."""
-    return [f"source adjusted ({a['name']}): {_one_line(a['reason'])} {_one_line(a['consequence'])}" for a in adjustments]
+    return [
+        f"source adjusted ({a['name']}): {_one_line(a['reason'])} {_one_line(a['consequence'])}" for a in adjustments
+    ]
 
 
 def _one_line(text: str) -> str:

@@ -34,11 +34,11 @@ class _Tree:
         except OSError as error:
             raise SourceError(f"{self.root / name}: {error.strerror}. Is this a checkout of Dify?") from None
 
-    def one(self, name: str, pattern: str, text: str | None = None) -> str:
-        """Return the first group of the pattern's first match in a file (or in the given part of it)."""
-        found = re.search(pattern, self.text(name) if text is None else text, re.MULTILINE)
+    def one(self, name: str, pattern: str) -> str:
+        """Return the first group of the pattern's first match in a file."""
+        found = re.search(pattern, self.text(name), re.MULTILINE)
         if not found:
-            raise SourceError(f"{self.root / name}: nothing there looks like {pattern!r}; upstream has changed its form")
+            raise SourceError(f"{self.root / name}: nothing looks like {pattern!r}; upstream has changed its form")
         return found[1]
 
 
@@ -140,7 +140,7 @@ def read_env_keys(dify: str | Path, daemon: str | Path | None = None) -> dict[st
     keys["compose"] = _compose_keys(tree).difference(*keys.values())
     for component, names in keys.items():
         if not names:
-            raise SourceError(f"{tree.root}: no environment variables of {component} found; upstream has changed its form")
+            raise SourceError(f"{tree.root}: no variables of {component} found; upstream has changed their form")
     return {component: sorted(names) for component, names in sorted(keys.items())}
 
 
@@ -186,13 +186,17 @@ def _compose_keys(tree: _Tree) -> set[str]:
 # --- Drift ----------------------------------------------------------------------------------------------------------
 
 
-def check_source(
+def check_checkout(
     release: Mapping[str, Any],
-    env_keys: Mapping[str, Iterable[str]] | None,
     dify: str | Path,
     daemon: str | Path | None = None,
+    env_keys: Mapping[str, Iterable[str]] | None = None,
 ) -> list[str]:
-    """Return every difference between a release's file and its source, each naming the key; empty when they agree."""
+    """Return every difference between a release's file and its source, each naming the key; empty when they agree.
+
+    ``dify`` is a checkout before adjustments. ``env_keys`` is the release's file of ``deploy/releases/env-keys``.
+    Raises SourceError when the checkout cannot be read at all.
+    """
     found = read_source(dify, daemon)
     problems = _differences(found, release, "")
     if env_keys is not None:
@@ -213,7 +217,9 @@ def _differences(found: Any, recorded: Any, where: str) -> list[str]:
         return _list_difference(where, found, recorded or [])
     if recorded is None:
         return [f"{where}: {found!r} is in the source only"]
-    return [] if str(found) == str(recorded) else [f"{where}: {found!r} in the source, {recorded!r} in the release file"]
+    if str(found) != str(recorded):
+        return [f"{where}: {found!r} in the source, {recorded!r} in the release file"]
+    return []
 
 
 def _list_difference(where: str, found: list[str], recorded: list[str]) -> list[str]:
