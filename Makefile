@@ -44,3 +44,25 @@ debug: venv  ## SERVICE=api under a debugger to attach to
 
 uninstall: venv  ## stop everything and remove the programs; data stays unless ARGS="-e kit_delete_data=yes"
 	@$(KIT) play uninstall $(ARGS)
+
+test: lint unit integration e2e  ## the kit's own tests; the end-to-end ones need root and about an hour
+
+lint: venv-dev  ## style, types, playbooks, shell
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy deploy inference tests
+	@.venv/bin/yamllint --strict .
+	@PATH=$(CURDIR)/.venv/bin:$$PATH ANSIBLE_CONFIG=deploy/ansible.cfg .venv/bin/ansible-lint --quiet
+	@.venv/bin/shellcheck .ci/run
+
+unit: venv-dev  ## decisions, without a host
+	@.venv/bin/pytest -q tests/unit
+
+integration: venv-dev  ## real parts under a throw-away home
+	@.venv/bin/pytest -q tests/integration
+
+e2e: venv-dev  ## whole deploys by throw-away users, as root; without Dify where its source cannot be had
+	@.venv/bin/pytest -q -s tests/e2e
+
+bench-deploy: venv-dev  ## cold, cached and no-op deploys by a throw-away user, as root: times by step
+	@.venv/bin/python -m tests.bench.deploy

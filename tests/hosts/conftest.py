@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit_host import KitHost
+
+from tests.hosts.kit_host import KitHost
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_FILE = pytest.StashKey[Path]()

@@ -1,7 +1,8 @@
 """PostgreSQL and Redis answer, and refuse strangers."""
 
 import pytest
-from kit_host import KitHost
+
+from tests.hosts.kit_host import KitHost
 
 
 @pytest.mark.service("postgres")

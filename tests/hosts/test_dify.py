@@ -1,7 +1,8 @@
 """Dify answers: page, queues, plugin and the sample app, in one piece and streamed."""
 
 import pytest
-from kit_host import KitHost
+
+from tests.hosts.kit_host import KitHost
 
 QUESTION = "What is the capital of France?"
 

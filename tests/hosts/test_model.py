@@ -1,7 +1,8 @@
 """The model service answers those who hold its key."""
 
 import pytest
-from kit_host import KitHost
+
+from tests.hosts.kit_host import KitHost
 
 pytestmark = pytest.mark.service("inference")
 

@@ -1,6 +1,6 @@
 """What runs, as whom, and who can reach it."""
 
-from kit_host import KitHost
+from tests.hosts.kit_host import KitHost
 
 
 def test_every_service_runs(kit: KitHost) -> None:

@@ -1,6 +1,6 @@
 """Secrets stay where the service user alone reads them."""
 
-from kit_host import KitHost
+from tests.hosts.kit_host import KitHost
 
 
 def test_configuration_and_data_are_private(kit: KitHost) -> None:
