@@ -33,9 +33,15 @@ class KitHost:
         self.facts = facts
         self.home: str = facts["kit_home"]
         self.user: str = facts["kit_user"]
-        self.ports: dict[str, int] = facts["ports"]
         self.services: list[str] = facts["services"]
-        self.url: str = facts["url"]
+        # Named like the services, and daemon's second one for plugin developers: only what this host runs.
+        self.ports = {
+            name.replace("_", "-"): int(port)
+            for name, port in facts["ports"].items()
+            if any(name.replace("_", "-").startswith(service) for service in self.services)
+        }
+        # As this host itself reaches the gateway: the public address may not be routed from here.
+        self.url = f"http://127.0.0.1:{self.ports['gateway']}"
         self.local: bool = facts["connection"] == "local"
         self.host = testinfra.get_host("local://" if self.local else f"ssh://{facts['address']}")
 
