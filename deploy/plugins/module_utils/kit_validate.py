@@ -1,0 +1,297 @@
+"""Check what a site sets before any host is touched.
+
+Everything here is a function of data that the action plugin ``kit_validate`` collects: what the site sets and where,
+the argument specifications of all roles, and the values that a host will see. Nothing reads a file or a host.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from .kit_report import Problem
+
+#: An option of an argument specification: ``{"type": "int", "choices": [...], ...}``.
+Spec = Mapping[str, Any]
+
+SECRET_PREFIX = "kit_secret_"
+# Written by one program and read by many (URLs, env files, configuration): nothing that any of them would quote.
+SECRET_VALUE = re.compile(r"[A-Za-z0-9_.~-]+")
+# supervisor expands %, shells split at blanks, and env files end at quotes.
+PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+@-]*")
+TYPE_NAMES = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "a mapping",
+    "path": "a path",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variable that the site sets; ``value`` is what a host will see, ``known`` whether that could be found out."""
+
+    name: str
+    value: Any
+    where: str
+    from_command_line: bool = False
+    known: bool = True
+
+
+def _is_secret(name: str, spec: Spec) -> bool:
+    return bool(spec.get("no_log")) or name.startswith(SECRET_PREFIX)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _matches(value: Any, wanted: str, lenient: bool) -> bool:
+    """Whether ``value`` is of the type; ``lenient`` for the command line, where everything is text."""
+    if wanted in ("raw", "jsonarg", "json"):
+        return True
+    if wanted in ("str", "path"):
+        return isinstance(value, str)
+    if wanted == "bool":
+        return isinstance(value, bool) or (lenient and str(value).lower() in ("true", "false", "yes", "no"))
+    if wanted in ("int", "float") and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        number = re.fullmatch(r"-?\d+" if wanted == "int" else r"-?\d+(\.\d+)?", str(value))
+        # Text that holds a number comes from the command line and from templates; roles convert it.
+        return number is not None
+    return isinstance(value, {"list": list, "dict": Mapping}.get(wanted, object))
+
+
+def _type_remedy(setting: Setting, wanted: str, value: Any) -> str:
+    if wanted in ("str", "path") and isinstance(value, (bool, int, float)):
+        return f"put it in quotes, as YAML reads {_shown(value)} as something else than text."
+    if wanted in ("list", "dict") and setting.from_command_line:
+        example = "[...]" if wanted == "list" else "{...}"
+        return f"""pass it as JSON: -e '{{"{setting.name}": {example}}}'"""
+    if wanted == "list":
+        return "write it as a list: [a, b] or one `- item` per line."
+    if wanted == "bool":
+        return "write true or false, without quotes."
+    return f"give it {TYPE_NAMES.get(wanted, wanted)}."
+
+
+def check_value(setting: Setting, spec: Spec, path: str = "", value: Any = None) -> list[Problem]:
+    """Type, choices and (for lists and mappings) the same of what is inside."""
+    name = path or setting.name
+    if not path:
+        value = setting.value
+    wanted = str(spec.get("type", "str"))
+    secret = _is_secret(setting.name, spec)
+    shown = "(not shown)" if secret else _shown(value)
+    if value is None:
+        return [Problem(f"{name} has no value.", setting.where, 'give it one, "" for none, or delete the line.')]
+    if not _matches(value, wanted, setting.from_command_line):
+        what = f"{name} must be {TYPE_NAMES.get(wanted, wanted)}, but it is {shown}."
+        return [Problem(what, setting.where, _type_remedy(setting, wanted, value))]
+    choices = spec.get("choices")
+    if choices and value not in choices and not (wanted == "int" and int(value) in choices):
+        close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(map(str, choices))}."
+        return [Problem(f"{name} is {shown}, which is none of its values.", setting.where, remedy)]
+    problems: list[Problem] = []
+    options = spec.get("options")
+    if wanted == "list":
+        inner: dict[str, Any] = {"type": spec.get("elements", "raw"), "options": options}
+        for number, item in enumerate(value):
+            problems += check_value(setting, inner, f"{name}[{number}]", item)
+    elif wanted == "dict" and options:
+        for key, item in value.items():
+            if key in options:
+                problems += check_value(setting, options[key], f"{name}.{key}", item)
+            else:
+                problems.append(unknown_name(f"{name}.{key}", setting.where, [f"{name}.{known}" for known in options]))
+        for key, option in options.items():
+            if option.get("required") and key not in value:
+                problems.append(Problem(f"{name} lacks the key {key}.", setting.where, f"add {key}: to {name}."))
+    return problems
+
+
+def unknown_name(name: str, where: str, known: Iterable[str]) -> Problem:
+    """A misspelt or invented variable, with the names that it may have been meant to be."""
+    close = difflib.get_close_matches(name, list(known), 2, 0.75)
+    if close:
+        remedy = f"did you mean {' or '.join(close)}? Correct the name, or delete the line."
+    else:
+        remedy = "delete the line; the variables are listed in deploy/group_vars/all.yml and roles/*/defaults/main.yml."
+    return Problem(f"{name} is not a variable of the kit.", where, remedy)
+
+
+def check_settings(
+    settings: Iterable[Setting], specs: Mapping[str, Spec], removed: Mapping[str, Mapping[str, str]]
+) -> list[Problem]:
+    """Names, types and choices of everything that the site sets."""
+    problems: list[Problem] = []
+    for setting in settings:
+        name = setting.name
+        if name.startswith("ansible_"):
+            continue  # how to connect: Ansible's own business
+        if name in removed:
+            gone, instead = removed[name]["release"], removed[name].get("instead")
+            remedy = f"use {instead} instead." if instead else "delete the line."
+            problems.append(Problem(f"{name} was removed in release {gone} of the kit.", setting.where, remedy))
+        elif name not in specs:
+            problems.append(unknown_name(name, setting.where, specs))
+        elif name == "dify_mode" and setting.value == "compose":
+            remedy = "use dify_mode: source. Dify then runs from its release's source, without Docker."
+            problems.append(Problem("dify_mode compose is not available yet.", setting.where, remedy))
+        elif setting.known:
+            found = check_value(setting, specs[name])
+            # A value of the wrong type would only give a second, odder complaint.
+            problems += found or _check_meaning(setting, specs[name])
+    return problems
+
+
+def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
+    """What the name promises: a port's range, a URL's form, a path that every program can be given."""
+    name, value, where = setting.name, setting.value, setting.where
+    if _is_secret(name, spec):
+        return _check_secret(name, str(value), where)
+    if name.endswith("_port") or name == "kit_port_base":
+        number = int(value)
+        if not 0 < number < 65536:
+            return [Problem(f"{name} is {number}, which is no port.", where, "choose a number from 1024 to 65500.")]
+        if number < 1024:
+            what = f"{name} is {number}, which only root may listen on; the kit's services run as an ordinary user."
+            return [Problem(what, where, "choose a number from 1024 to 65500, and let a proxy of yours forward to it.")]
+        if name == "kit_port_base" and number > 65500:
+            return [Problem(f"{name} is {number}; the ports after it end at 65535.", where, "choose 65500 or less.")]
+    if spec.get("type") == "path" and value and not PLAIN_PATH.fullmatch(value):
+        if not value.startswith("/"):
+            return [Problem(f"{name} is {_shown(value)}, which is not absolute.", where, "write it from / on.")]
+        what = f"{name} is {_shown(value)}; it holds a character that some program would misread."
+        return [Problem(what, where, "use letters, digits and . _ - + @ only.")]
+    if name.endswith(("_url", "_proxy", "_index", "_registry")) and name not in ("kit_no_proxy", "kit_go_proxy"):
+        return _check_url(name, value, where) if value else []
+    if name.endswith("_email") and not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s]+", value):
+        return [Problem(f"{name} is {_shown(value)}, which is no e-mail address.", where, "write name@host.domain")]
+    return []
+
+
+def _check_url(name: str, value: str, where: str) -> list[Problem]:
+    try:
+        url = urlsplit(value)
+        port_fits = url.port is None or url.port > 0
+    except ValueError:
+        return [
+            Problem(f"{name} is {_shown(value)}, which is no URL.", where, "write https://host or http://host:port")
+        ]
+    if url.scheme not in ("http", "https"):
+        remedy = f"write https://{value.split('://')[-1]} or http://{value.split('://')[-1]}"
+        return [Problem(f"{name} is {_shown(value)}, without http:// or https:// before it.", where, remedy)]
+    if not url.hostname or not port_fits or re.search(r"\s", value):
+        return [
+            Problem(f"{name} is {_shown(value)}, which is no URL.", where, "write https://host or http://host:port")
+        ]
+    if name == "dify_public_url" and value.endswith("/"):
+        what = f"{name} is {_shown(value)}, with a slash at its end; links made of it would get two."
+        return [Problem(what, where, f"write {value.rstrip('/')}")]
+    if name == "dify_public_url" and url.path:
+        what = f"{name} is {_shown(value)}, with a path; Dify only works at the root of its host name."
+        return [Problem(what, where, f"write {url.scheme}://{url.netloc}; give Dify a host name or port of its own.")]
+    return []
+
+
+def _check_secret(name: str, value: str, where: str) -> list[Problem]:
+    if not value:
+        return []  # a blank is filled by kit_secrets
+    if name == f"{SECRET_PREFIX}admin_password" and not (
+        len(value) >= 8 and re.search("[A-Za-z]", value) and re.search(r"\d", value)
+    ):
+        what = f"{name} is too weak for Dify, which wants eight characters with letters and digits."
+        return [Problem(what, where, "choose a longer one, or delete the line for a generated one.")]
+    if name != f"{SECRET_PREFIX}admin_password" and not SECRET_VALUE.fullmatch(value):
+        what = f"{name} holds a character that would have to be quoted in a URL."
+        return [Problem(what, where, "use letters, digits and . _ ~ - only, or delete the line for a generated one.")]
+    return []
+
+
+def check_distinct_secrets(secrets: Mapping[str, str], where: str) -> list[Problem]:
+    """No two secrets are equal: who learns one must not have learnt another."""
+    problems: list[Problem] = []
+    owners: dict[str, str] = {}
+    for name, value in sorted(secrets.items()):
+        if value and value in owners:
+            what = f"{name} and {owners[value]} are equal; each must be a secret of its own."
+            problems.append(Problem(what, where, f"change one of them, on a site that has no data yet: delete {name}."))
+        owners.setdefault(value, name)
+    return problems
+
+
+def check_ports(ports: Mapping[str, int], where: str) -> list[Problem]:
+    """Every listener of a host has a port of its own."""
+    problems: list[Problem] = []
+    owners: dict[int, str] = {}
+    for name, port in ports.items():
+        if port in owners:
+            what = f"{owners[port]} and {name} are both {port}; only one program can listen there."
+            problems.append(Problem(what, where, f"give {name} another number, or delete it."))
+        owners.setdefault(port, name)
+    return problems
+
+
+def check_folders(home: str, cache: str, where: str) -> list[Problem]:
+    """An uninstall removes kit_home: nothing that must survive it may lie there, nor a whole home or system folder."""
+    home, cache = home.rstrip("/"), cache.rstrip("/")
+    remedy = "leave them at their defaults, or choose two folders that the kit has for itself."
+    if home.count("/") < 2:
+        what = f"kit_home is {home or '/'}, which the kit would treat as its own."
+        return [Problem(what, where, f"choose a folder for the kit alone, such as {home}/dify-kit.")]
+    if cache == home or cache.startswith(home + "/"):
+        return [Problem(f"kit_cache ({cache}) lies in kit_home ({home}), with which it would go.", where, remedy)]
+    if home.startswith(cache + "/"):
+        return [Problem(f"kit_home ({home}) lies in kit_cache ({cache}), which may be deleted.", where, remedy)]
+    return []
+
+
+def check_release(release: str, available: Iterable[str], where: str) -> list[Problem]:
+    """The release is one that the kit has a file for."""
+    known = sorted(available, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+    if release in known:
+        return []
+    remedy = f"choose one of {', '.join(known)}, or draft its file: make release-file VERSION={release}"
+    return [Problem(f"Dify release {_shown(release)} is unknown: deploy/releases/ has no file for it.", where, remedy)]
+
+
+def check_hosts(hosts: Iterable[str], inventory: str) -> list[Problem]:
+    """The site says where to deploy: Ansible itself is content with nowhere."""
+    if list(hosts):
+        return []
+    remedy = "list at least one host under kit: hosts: as deploy/inventories/example/hosts.yml does."
+    return [Problem("The inventory has no host in the group kit.", inventory or "inventory", remedy)]
+
+
+def check_mode_bits(path: str, mode: int) -> list[Problem]:
+    """Secrets are readable by their owner only."""
+    if mode & 0o077 == 0:
+        return []
+    what = f"{path.rsplit('/', 1)[-1]} can be read by other users (mode {mode & 0o777:04o})."
+    remedy = f"chmod 600 {path}\nand change what somebody may have read."
+    return [Problem(what, path, remedy)]
+
+
+def advisory_problem(release: str, advisory: Mapping[str, Any], where: str) -> Problem:
+    """An open critical advisory: what it is, and the choice that the site has."""
+    names = " ".join(filter(None, [advisory["id"], advisory.get("cve", "")]))
+    what = f"Dify {release} has a known critical weakness ({names}): {_sentence(advisory['summary'])}"
+    ways = [_sentence(advisory["remedy"])]
+    if advisory.get("consequence"):
+        ways.insert(0, f"What may happen: {_sentence(advisory['consequence'])}")
+    ways.append(f"To deploy it all the same, accept the risk: dify_acknowledged_advisories: [{advisory['id']}]")
+    return Problem(what, where, "\n".join(ways))
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(str(text).split())
+    return text if text.endswith(".") else text + "."

@@ -1,0 +1,61 @@
+"""Look at a host before anything is written to it."""
+
+from __future__ import annotations
+
+import getpass
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kit_preflight import examine
+from ansible.module_utils.kit_report import render
+
+DOCUMENTATION = r"""
+module: kit_preflight
+short_description: Check that a host can take the kit, and say everything that is in the way
+description:
+  - Changes nothing. Fails with one list of all problems, each with its place and its remedy.
+  - Runs as the connecting user; what the service user may do is tried as that user.
+options:
+  user: {type: str, required: true, description: The service user; need not exist yet.}
+  user_home: {type: path, required: true, description: Its home.}
+  home: {type: path, required: true, description: kit_home.}
+  cache: {type: path, required: true, description: kit_cache.}
+  environment: {type: dict, required: true, description: The environment of builds and downloads.}
+  ports: {type: dict, required: true, description: Listeners, name to number.}
+  sockets: {type: list, elements: str, default: [], description: The paths of unix sockets.}
+  machines: {type: list, elements: str, required: true, description: Processors that parts exist for.}
+  glibc: {type: str, required: true, description: The oldest glibc that parts run on.}
+  cpu_flags: {type: list, elements: str, default: [], description: Processor features that are needed.}
+  services_mb: {type: int, required: true, description: Memory of all services together, in MiB.}
+  parts: {type: list, elements: dict, required: true, description: What is built or downloaded; see Part.}
+  sources: {type: list, elements: dict, required: true, description: Where parts come from; see Source.}
+"""
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "user": {"type": "str", "required": True},
+            "user_home": {"type": "path", "required": True},
+            "home": {"type": "path", "required": True},
+            "cache": {"type": "path", "required": True},
+            "environment": {"type": "dict", "required": True},
+            "ports": {"type": "dict", "required": True},
+            "sockets": {"type": "list", "elements": "str", "default": []},
+            "machines": {"type": "list", "elements": "str", "required": True},
+            "glibc": {"type": "str", "required": True},
+            "cpu_flags": {"type": "list", "elements": "str", "default": []},
+            "services_mb": {"type": "int", "required": True},
+            "parts": {"type": "list", "elements": "dict", "required": True},
+            "sources": {"type": "list", "elements": "dict", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    parameters = {**module.params, "ports": {name: int(port) for name, port in module.params["ports"].items()}}
+    findings, known = examine(parameters, getpass.getuser())
+    if findings.problems:
+        module.fail_json(msg=render(findings.problems, "Nothing was changed."))
+    module.exit_json(changed=False, kit_notice=findings.notices, **known)
+
+
+if __name__ == "__main__":
+    main()
