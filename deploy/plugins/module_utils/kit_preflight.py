@@ -36,6 +36,10 @@ CLOCK_NOTICE_SECONDS = 30
 SOCKET_PATH_LIMIT = 107
 # What the kit puts into kit_home (CONTRIBUTING.md, "On a host").
 HOME_ENTRIES = {"runtime", "releases", "current", "etc", "var"}
+CA_BUNDLES = "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"
+# Where a user, and root, keep a Python of their own (the runtime role looks there too).
+PYTHON_FOLDERS = ".local/bin", ".pyenv/shims", "bin"
+ROOT_PYTHONS = ".pyenv/versions/{version}.*/bin/{name}", ".local/share/uv/python/cpython-{version}.*/bin/{name}"
 MIB = 1024**2
 
 
@@ -61,6 +65,7 @@ class Part:
         commands: programs that it needs on the host.
         memory_mb: the peak of its build.
         home_mb, cache_mb: what it leaves in kit_home and kit_cache.
+        python: whether it chooses the Python that everything runs with.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Part:
     memory_mb: int = 0
     home_mb: int = 0
     cache_mb: int = 0
+    python: bool = False
 
     @property
     def missing(self) -> bool:
@@ -634,6 +640,60 @@ def ask_http(source: Source, environment: Mapping[str, str]) -> Answer:
     return Answer(asked=source.url)
 
 
+def check_certificates(findings: Findings, environment: Mapping[str, str]) -> None:
+    """The bundle that every tool is told to trust is there."""
+    bundle = environment.get("SSL_CERT_FILE", "")
+    if bundle and not os.path.isfile(bundle):
+        found = [path for path in CA_BUNDLES if os.path.isfile(path)]
+        remedy = f"kit_ca_bundle: {found[0]}" if found else "let an administrator install the package ca-certificates."
+        findings.problem(f"There are no root certificates at {bundle}; no download could be trusted.", bundle, remedy)
+
+
+def check_python(
+    findings: Findings, account: Account, python: Mapping[str, str], environment: Mapping[str, str]
+) -> None:
+    """A Python of the wanted version is there, or can be had; which one is taken is the runtime role's choice."""
+    version, named = python["version"], python["path"]
+    name = f"python{version}"
+    folders = [*environment.get("PATH", "").split(os.pathsep), *(f"{account.home}/{path}" for path in PYTHON_FOLDERS)]
+    commands = [named] if named else [f"{folder}/{name}" for folder in folders if os.path.lexists(f"{folder}/{name}")]
+    reasons = [reason for command in commands if (reason := _useless(account, command, version, environment))]
+    if len(reasons) < len(commands):
+        return
+    as_root = Account("root", "/root", 0, 0)
+    patterns = [named] if named else [f"/root/{path}".format(version=version, name=name) for path in ROOT_PYTHONS]
+    if os.geteuid() == 0 and any(
+        not _useless(as_root, command, version, environment) for pattern in patterns for command in glob(pattern)
+    ):
+        return  # the runtime role copies it
+    if python["download"] and not named:
+        answer = ask_http(Source("", "http", python["download"], ""), environment)
+        if not answer.fault:
+            return
+        reasons.append(f"{python['download']}: {answer.fault}")
+    findings.problem(
+        f"{account.name} has no Python {version} on the host: {'; '.join(reasons) or 'none was found'}.",
+        "runtime_python" if named else f"{name} on the PATH, in {account.home}; GitHub",
+        "one of these:\n"
+        f"- let an administrator install the system's package: apt-get install {name} (where it exists)\n"
+        "- let the host reach GitHub, or set runtime_python_mirror to a mirror of python-build-standalone\n"
+        f"- runtime_python: the path of a {name} that {account.name} may read",
+    )
+
+
+def _useless(account: Account, command: str, version: str, environment: Mapping[str, str]) -> str:
+    """Why an interpreter is of no use to a user; empty when it is fine."""
+    code = "import ssl, sqlite3, sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = account.run([command, "-I", "-c", code], environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command}: {getattr(error, 'strerror', None) or 'does not answer'}"
+    if done.returncode:
+        return f"{command}: {(done.stderr.strip().splitlines() or ['fails'])[-1]}"
+    found = done.stdout.strip()
+    return "" if found == version else f"{command}: is Python {found}"
+
+
 def _server_time(header: str | None) -> float | None:
     try:
         return email.utils.parsedate_to_datetime(header).timestamp() if header else None
@@ -719,8 +779,12 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     parts = [part for part in (Part(**values) for values in parameters["parts"]) if part.missing]
     sources = [Source(**values) for values in parameters["sources"]]
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        network = pool.submit(check_sources, network_findings := Findings(), parts, sources, account, environment)
+    # What waits for others runs beside what only looks at this host; each thread adds to findings of its own.
+    asking, looking = Findings(), Findings()
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        network = pool.submit(check_sources, asking, parts, sources, account, environment)
+        wants_python = any(part.python for part in parts)
+        python = pool.submit(check_python, looking, account, parameters["python"], environment) if wants_python else None
         others = pool.submit(foreign_dify, home, environment, account)
 
         libc = (platform.libc_ver()[0], platform.libc_ver()[1])
@@ -742,11 +806,13 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
         check_umask(findings, umask)
         check_ports(findings, parameters["ports"], home)
         check_commands(findings, parts, environment.get("PATH", os.defpath))
+        check_certificates(findings, environment)
 
-        answers = network.result()
-        findings.problems += network_findings.problems
-        check_clock(findings, answers, time.time())
-        findings.notices += others.result()
+    check_clock(findings, network.result(), time.time())
+    if python:
+        python.result()  # an error of its own is not lost
+    findings.problems += looking.problems + asking.problems
+    findings.notices += others.result()
 
     data = Path(home, "var", "postgres")
     with contextlib.suppress(OSError):

@@ -62,16 +62,16 @@ def _matches(value: Any, wanted: str, lenient: bool) -> bool:
         return isinstance(value, str)
     if wanted == "bool":
         return isinstance(value, bool) or (lenient and str(value).lower() in ("true", "false", "yes", "no"))
-    if wanted in ("int", "float") and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        number = re.fullmatch(r"-?\d+" if wanted == "int" else r"-?\d+(\.\d+)?", str(value))
+    if wanted in ("int", "float"):
         # Text that holds a number comes from the command line and from templates; roles convert it.
-        return number is not None
+        number = re.fullmatch(r"-?\d+" if wanted == "int" else r"-?\d+(\.\d+)?", str(value))
+        return number is not None and not isinstance(value, bool)
     return isinstance(value, {"list": list, "dict": Mapping}.get(wanted, object))
 
 
 def _type_remedy(setting: Setting, wanted: str, value: Any) -> str:
     if wanted in ("str", "path") and isinstance(value, (bool, int, float)):
-        return f"put it in quotes, as YAML reads {_shown(value)} as something else than text."
+        return "put it in quotes; without them YAML does not read it as text."
     if wanted in ("list", "dict") and setting.from_command_line:
         example = "[...]" if wanted == "list" else "{...}"
         return f"""pass it as JSON: -e '{{"{setting.name}": {example}}}'"""

@@ -25,6 +25,7 @@ options:
   machines: {type: list, elements: str, required: true, description: Processors that parts exist for.}
   glibc: {type: str, required: true, description: The oldest glibc that parts run on.}
   cpu_flags: {type: list, elements: str, default: [], description: Processor features that are needed.}
+  python: {type: dict, required: true, description: 'C(version), C(path) named by the site, C(download) address.'}
   services_mb: {type: int, required: true, description: Memory of all services together, in MiB.}
   parts: {type: list, elements: dict, required: true, description: What is built or downloaded; see Part.}
   sources: {type: list, elements: dict, required: true, description: Where parts come from; see Source.}
@@ -44,6 +45,7 @@ def main() -> None:
             "machines": {"type": "list", "elements": "str", "required": True},
             "glibc": {"type": "str", "required": True},
             "cpu_flags": {"type": "list", "elements": "str", "default": []},
+            "python": {"type": "dict", "required": True},
             "services_mb": {"type": "int", "required": True},
             "parts": {"type": "list", "elements": "dict", "required": True},
             "sources": {"type": "list", "elements": "dict", "required": True},

@@ -1,0 +1,230 @@
+"""Static validation: every mistake in a site's settings gets one message that says where and what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils import kit_report, kit_validate
+from ansible.module_utils.kit_validate import Setting
+
+ROOT = Path(__file__).resolve().parents[2]
+KIT_VARIABLES = yaml.safe_load((ROOT / "deploy/kit_variables.yml").read_text())
+WIRING = yaml.safe_load((ROOT / "deploy/group_vars/all.yml").read_text())
+SPECS: dict[str, Any] = {
+    **KIT_VARIABLES["argument_specs"]["main"]["options"],
+    "postgres_port": {"type": "int"},
+    "postgres_databases": {"type": "list", "elements": "str"},
+    "dify_source_verify": {"type": "str", "choices": ["strict", "warn"]},
+    "gateway_tls": {"type": "bool"},
+    "role_database": {"type": "dict", "options": {"host": {"type": "str", "required": True}, "port": {"type": "int"}}},
+}
+WHERE = "settings.yml, line 3"
+
+
+def problems(name: str, value: Any, **attributes: Any) -> list[kit_report.Problem]:
+    return kit_validate.check_settings([Setting(name, value, WHERE, **attributes)], SPECS, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kit_port_base", 18000),
+        ("kit_port_base", "18000"),
+        ("dify_mode", "skip"),
+        ("dify_release", "1.16.0"),
+        ("dify_public_url", ""),
+        ("dify_public_url", "https://dify.example.com:8443"),
+        ("kit_https_proxy", "http://user:word@proxy:3128"),
+        ("kit_no_proxy", "localhost,.example.com"),
+        ("kit_go_proxy", "https://goproxy.cn,direct"),
+        ("kit_home", "/srv/dify-kit_2/home"),
+        ("gateway_tls", False),
+        ("postgres_databases", ["dify"]),
+        ("role_database", {"host": "db", "port": 5432}),
+        ("dify_acknowledged_advisories", []),
+        ("ansible_user", "anybody"),
+        ("kit_secret_admin_password", "correct horse 1"),
+        ("kit_secret_redis", ""),
+    ],
+)
+def test_sound_values_pass(name: str, value: Any) -> None:
+    assert problems(name, value) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "remedy"),
+    [
+        ("postgress_port", 5, "postgress_port is not a variable of the kit", "did you mean postgres_port"),
+        ("dify_relase", "1.16.0", "dify_relase is not a variable", "did you mean dify_release"),
+        ("colour_of_the_sky", 5, "colour_of_the_sky is not a variable", "delete the line"),
+        ("kit_port_base", "abc", "kit_port_base must be a whole number, but it is 'abc'", "whole number"),
+        ("kit_port_base", True, "must be a whole number, but it is True", "whole number"),
+        ("kit_port_base", 70000, "70000, which is no port", "1024"),
+        ("kit_port_base", 80, "80, which only root may listen on", "1024"),
+        ("postgres_port", 443, "443, which only root", "1024"),
+        ("dify_release", 1.16, "dify_release must be text, but it is 1.16", "put it in quotes"),
+        ("dify_mode", "sorce", "'sorce', which is none of its values", "did you mean source"),
+        ("dify_mode", "compose", "compose is not available yet", "source"),
+        ("dify_source_verify", "off", "none of its values", "choose one of strict, warn"),
+        ("gateway_tls", "no", "gateway_tls must be true or false", "without quotes"),
+        ("postgres_databases", "dify", "must be a list, but it is 'dify'", "[a, b]"),
+        ("postgres_databases", [1], "postgres_databases[0] must be text", "quotes"),
+        ("role_database", {"prot": 1, "host": "db"}, "role_database.prot is not", "did you mean role_database.port"),
+        ("role_database", {"port": 1}, "role_database lacks the key host", "add host"),
+        ("dify_public_url", "dify.example.com", "without http:// or https://", "https://dify.example.com"),
+        ("dify_public_url", "https://dify.example.com/", "slash at its end", "write https://dify.example.com"),
+        ("dify_public_url", "https://example.com/dify", "with a path", "https://example.com"),
+        ("dify_public_url", "https://:8443", "no URL", "https://host"),
+        ("dify_public_url", "https://host:99999", "no URL", "https://host"),
+        ("kit_npm_registry", "ftp://mirror", "without http://", "https://mirror"),
+        ("dify_admin_email", "admin", "no e-mail address", "name@host"),
+        ("kit_home", "dify", "not absolute", "from / on"),
+        ("kit_home", "/srv/my dify", "some program would misread", "letters, digits"),
+        ("kit_home", "/srv/100%", "some program would misread", "letters, digits"),
+        ("kit_home", None, "kit_home has no value", "delete the line"),
+        ("kit_secret_admin_password", "short1", "too weak", "longer"),
+        ("kit_secret_admin_password", "onlyletters", "too weak", "longer"),
+        ("kit_secret_redis", "a/b@c", "quoted in a URL", "letters, digits"),
+    ],
+)
+def test_one_message_with_its_remedy(name: str, value: Any, what: str, remedy: str) -> None:
+    found = problems(name, value)
+    assert len(found) == 1
+    assert what in found[0].what
+    assert remedy in found[0].remedy
+    assert found[0].where == WHERE
+
+
+def test_the_command_line_gives_text_for_everything() -> None:
+    assert problems("gateway_tls", "true", from_command_line=True) == []
+    (found,) = problems("postgres_databases", "dify", from_command_line=True)
+    assert """-e '{"postgres_databases": [...]}'""" in found.remedy
+
+
+def test_a_secret_is_never_shown() -> None:
+    (found,) = problems("kit_secret_redis", 12345)
+    assert "12345" not in found.what + found.remedy
+
+
+def test_what_is_not_known_before_facts_is_not_judged() -> None:
+    assert problems("kit_port_base", "{{ ansible_facts.x }}", known=False) == []
+
+
+def test_removed_variables_name_the_release_and_the_successor() -> None:
+    removed = {"kit_port": {"release": "0.2.0", "instead": "kit_port_base"}, "kit_old": {"release": "0.3.0"}}
+    settings = [Setting("kit_port", 1, WHERE), Setting("kit_old", 1, WHERE)]
+    first, second = kit_validate.check_settings(settings, SPECS, removed)
+    assert "removed in release 0.2.0" in first.what
+    assert "kit_port_base" in first.remedy
+    assert "delete the line" in second.remedy
+
+
+def test_all_problems_come_at_once() -> None:
+    settings = [Setting("kit_prot_base", 1, WHERE), Setting("dify_mode", 3, WHERE), Setting("kit_home", "x", WHERE)]
+    assert len(kit_validate.check_settings(settings, SPECS, {})) == 3
+
+
+def test_equal_ports() -> None:
+    ports = {"gateway_port": 17800, "postgres_port": 17805, "redis_port": 17805, "inference_port": 17807}
+    (found,) = kit_validate.check_ports(ports, WHERE)
+    assert "postgres_port and redis_port are both 17805" in found.what
+
+
+def test_equal_secrets_are_named_not_shown() -> None:
+    secrets = {"kit_secret_a": "same-value", "kit_secret_b": "same-value", "kit_secret_c": "", "kit_secret_d": ""}
+    (found,) = kit_validate.check_distinct_secrets(secrets, WHERE)
+    assert "kit_secret_b and kit_secret_a are equal" in found.what
+    assert "same-value" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("home", "cache", "what"),
+    [
+        ("/home", "/var/cache/kit", "treat as its own"),
+        ("/", "/var/cache/kit", "treat as its own"),
+        ("/srv/kit", "/srv/kit/cache", "lies in kit_home"),
+        ("/srv/kit", "/srv/kit/", "lies in kit_home"),
+        ("/srv/cache/kit", "/srv/cache", "lies in kit_cache"),
+    ],
+)
+def test_folders_that_would_swallow_each_other(home: str, cache: str, what: str) -> None:
+    (found,) = kit_validate.check_folders(home, cache, WHERE)
+    assert what in found.what
+
+
+def test_separate_folders_pass() -> None:
+    assert kit_validate.check_folders("/home/a/dify-kit", "/home/a/.cache/dify-kit", WHERE) == []
+
+
+def test_unknown_release_lists_the_known_ones_in_order() -> None:
+    (found,) = kit_validate.check_release("9.9.9", ["1.16.0", "1.9.2", "1.14.2"], WHERE)
+    assert "'9.9.9' is unknown" in found.what
+    assert "1.9.2, 1.14.2, 1.16.0" in found.remedy
+    assert "make release-file VERSION=9.9.9" in found.remedy
+
+
+def test_an_inventory_without_hosts_is_a_problem() -> None:
+    (found,) = kit_validate.check_hosts([], "inventories/x")
+    assert "no host in the group kit" in found.what
+    assert kit_validate.check_hosts(["a"], "inventories/x") == []
+
+
+def test_secrets_that_others_may_read() -> None:
+    (found,) = kit_validate.check_mode_bits("a/secrets.yml", 0o100640)
+    assert "mode 0640" in found.what
+    assert "chmod 600 a/secrets.yml" in found.remedy
+    assert kit_validate.check_mode_bits("a/secrets.yml", 0o100600) == []
+
+
+def test_an_advisory_says_what_may_happen_and_how_to_accept_it() -> None:
+    advisory = {
+        "id": "GHSA-1",
+        "cve": "CVE-2026-1",
+        "summary": "Others read your files",
+        "consequence": "They are read.",
+        "remedy": "Deploy 1.16.0.",
+    }
+    found = kit_validate.advisory_problem("1.14.2", advisory, WHERE)
+    assert "Dify 1.14.2 has a known critical weakness (GHSA-1 CVE-2026-1): Others read your files." in found.what
+    assert found.remedy.splitlines()[0] == "What may happen: They are read."
+    assert "dify_acknowledged_advisories: [GHSA-1]" in found.remedy
+
+
+# --- the kit's own variables ----------------------------------------------------------------------
+
+
+def test_every_global_of_the_wiring_file_is_specified() -> None:
+    own = {name for name in WIRING if re.match(r"(kit|dify)_(?!source_|host_)", name)}  # kit_host_*: the kit's notes
+    secrets = {name for name in SPECS if name.startswith("kit_secret_")}
+    assert own | secrets == set(KIT_VARIABLES["argument_specs"]["main"]["options"])
+
+
+def test_defaults_of_globals_are_those_of_the_wiring_file() -> None:
+    for name, spec in KIT_VARIABLES["argument_specs"]["main"]["options"].items():
+        if "default" in spec:
+            assert WIRING[name] == spec["default"], name
+        else:
+            assert name.startswith("kit_secret_") or "{{" in str(WIRING[name]), f"{name} lacks its default"
+
+
+# --- the list as a person reads it ----------------------------------------------------------------
+
+
+def test_the_list_is_numbered_aligned_and_keeps_commands_whole() -> None:
+    long = "word " * 40
+    text = kit_report.render(
+        [kit_report.Problem("It is wrong.", "file, line 1", f"{long}\n  a command that is {'x' * 90} long")],
+        "Nothing was changed.",
+    )
+    lines = text.splitlines()
+    assert lines[0] == "One problem. Nothing was changed."
+    assert lines[2] == "1. It is wrong."
+    assert lines[3] == "   Where:  file, line 1"
+    assert lines[4].startswith("   Remedy: word word")
+    assert lines[5].startswith("           word")
+    assert lines[-1] == f"             a command that is {'x' * 90} long"
+    assert all(len(line) <= 100 for line in lines[:-1])
