@@ -94,7 +94,9 @@ def validate_release(data: object, schema: object = None, where: str = "") -> li
         if not isinstance(data, list):
             return [f"{where}: must be a list"]
         problems = [p for i, item in enumerate(data) for p in validate_release(item, schema[0], f"{where}[{i}]")]
-        return problems + ([] if where.endswith(".command") else _validate_order(data, where))
+        if not where.endswith(".command"):
+            return problems + _validate_order(data, where)
+        return problems if data else [f"{where}: is empty"]
     if isinstance(data, bool) or not isinstance(data, (str, int)):
         return [f"{where}: must be text or a number, in quotes if it looks like something else"]
     if re.fullmatch(str(schema), str(data)) is None:
@@ -138,7 +140,7 @@ def _validate_pattern(pattern: str, where: str) -> list[str]:
 
 def open_advisories(release: Release, acknowledged: Iterable[str]) -> list[dict[str, Any]]:
     """Return the release's critical advisories that the site has not acknowledged by id (or by CVE number)."""
-    named = set(acknowledged)
+    named = set(acknowledged) - {""}  # not every advisory has a CVE number
     return [
         dict(advisory)
         for advisory in release["advisories"]

@@ -6,7 +6,6 @@ older than Dify's. Everything here works on one checkout of Dify and, where give
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,10 +49,9 @@ def read_source(dify: str | Path, daemon: str | Path | None = None) -> dict[str,
     """
     tree = _Tree(dify)
     services = _compose_services(tree)
-    package = json.loads(tree.text("package.json"))
     toolchain: dict[str, Any] = {
-        "node": package["engines"]["node"],
-        "pnpm": {"version": package["packageManager"].removeprefix("pnpm@").partition("+")[0]},
+        "node": tree.one("package.json", r'"engines": \{\s*"node": "([^"]+)"'),
+        "pnpm": {"version": tree.one("package.json", r'"packageManager": "pnpm@([\d.]+)')},
         "python": tree.one("api/pyproject.toml", r'^requires-python = "(.+)"'),
     }
     if daemon is not None:
