@@ -1,0 +1,52 @@
+"""Filters for the roles dify_source and plugin_daemon: what Dify is built from and told; see module_utils."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ansible.module_utils
+from ansible.errors import AnsibleFilterError
+
+# Ansible finds the kit's module_utils for modules only; a filter is imported as it is.
+ansible.module_utils.__path__.append(str(Path(__file__).parents[1] / "module_utils"))
+from ansible.module_utils import kit_build, kit_dify
+
+
+def environment(make: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A filter around one of ``kit_dify``'s environments."""
+
+    def kit_env(site: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return make(site)
+        except kit_dify.SettingsProblem as problem:
+            raise AnsibleFilterError(str(problem)) from None
+
+    return kit_env
+
+
+def sizing(cores: int, memory_mb: int, workers: int = 0, connections: int = 0, tasks: int = 0) -> dict[str, int]:
+    """``cores | kit_dify_sizing(memory_mb)``: see ``kit_dify.size``."""
+    return dataclasses.asdict(kit_dify.size(int(cores), int(memory_mb), int(workers), int(connections), int(tasks)))
+
+
+def build_jobs(
+    spec: dict[str, Any], program: list[str], environment: dict[str, str], memory_mb: int
+) -> list[dict[str, Any]]:
+    """``spec | kit_build_jobs(program, environment, memory_mb)``: see ``kit_build.jobs``."""
+    return list(kit_build.jobs(kit_build.Spec.load(spec), program, environment, int(memory_mb)))
+
+
+class FilterModule:
+    """What Ansible looks for."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "kit_api_env": environment(kit_dify.api_env),
+            "kit_web_env": environment(kit_dify.web_env),
+            "kit_daemon_env": environment(kit_dify.daemon_env),
+            "kit_dify_sizing": sizing,
+            "kit_build_jobs": build_jobs,
+        }
