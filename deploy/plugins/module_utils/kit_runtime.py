@@ -159,6 +159,7 @@ class Runtime:
     """The runtime of one kit, ``kit_home/runtime``."""
 
     def __init__(self, home: Path, params: Mapping[str, Any]) -> None:
+        self.home = home
         self.root = home / "runtime"
         self.opt = self.root / "opt"
         self.params = params
@@ -192,7 +193,9 @@ class Runtime:
     def is_current(self) -> bool:
         """Tell whether everything asked for is installed; looks at a dozen files only."""
         state = self.state()
-        return state.get("inputs") == self.inputs and all(os.path.exists(self.root / path) for path in state["paths"])
+        return state.get("inputs") == self.inputs and all(
+            os.path.exists(self.root / path) for path in ["venv/.complete", *state["links"]]
+        )
 
     # -- installing ---------------------------------------------------------------------------------------------------
     def _tool_folder(self, artefact: Artefact) -> Path:
@@ -346,7 +349,8 @@ class Runtime:
 
     def install(self) -> None:
         """Install what is missing, switch the links, note it, and keep only this set and the one before."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root.mkdir(exist_ok=True)
         with (self.root / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second deploy waits, then finds all done
             if self.is_current():
@@ -359,14 +363,15 @@ class Runtime:
                 python = self.choose_python(uv)
                 venv = self.install_venv(uv, python)
                 tools = {tool: future.result() for tool, future in folders.items()}
-            self._switch(tools, python, venv)
+            links = self._links(tools, python)
+            self._switch(links, venv)
             kept = [str(path.relative_to(self.opt)) for path in [*tools.values(), venv]]
             self._prune({*kept, *before}, python)
             note = {
                 "inputs": self.inputs,
                 "folders": kept,
                 "python": python.executable,
-                "paths": [python.executable, *(f"bin/{name}" for name in self._links(tools, python)), "venv/.complete"],
+                "links": sorted(links),
                 "versions": {a.tool: a.version for a in self.artefacts.values()} | {"python": python.version},
             }
             scratch = self._state_file.with_suffix(".new")
@@ -374,20 +379,27 @@ class Runtime:
             os.replace(scratch, self._state_file)
 
     def _links(self, tools: Mapping[str, Path], python: Python) -> dict[str, str]:
-        links = {f"python{self.params['python_version']}": python.executable}
+        """Return every link of the runtime: path in it -> target, absolute or in it."""
+        links = {f"bin/python{self.params['python_version']}": python.executable}
         for tool, folder in tools.items():
-            links |= {name: f"../opt/{folder.name}/{path}" for name, path in PROGRAMS[tool].items()}
-        machine = platform.machine()
-        return links | {name: f"../{path.format(machine=machine)}" for name, path in self.params["links"].items()}
+            links |= {f"bin/{name}": f"opt/{folder.name}/{path}" for name, path in PROGRAMS[tool].items()}
+        return links | {
+            name: target.format(machine=platform.machine()) for name, target in self.params["links"].items()
+        }
 
-    def _switch(self, tools: Mapping[str, Path], python: Python, venv: Path) -> None:
+    def _switch(self, links: Mapping[str, str], venv: Path) -> None:
+        """Point all links at what is new, and remove those of a set before that this one has not."""
         link(self.root / "venv", f"opt/{venv.name}")
-        for name, target in self._links(tools, python).items():
-            link(self.root / "bin" / name, target)
-            if not (self.root / "bin" / name).exists():
+        for name, target in links.items():
+            path = self.root / name
+            link(path, target if os.path.isabs(target) else os.path.relpath(self.root / target, path.parent))
+        for name in set(self.state().get("links", [])) - set(links):
+            (self.root / name).unlink(missing_ok=True)
+        for name, target in links.items():
+            if not (self.root / name).exists():
                 raise RuntimeFailure(
-                    f"{self.root}/bin/{name} leads nowhere ({target}). A pinned package has another layout than "
-                    "the kit expects. Remedy: undo the change of its pin, or correct runtime_links."
+                    f"{self.root / name} leads nowhere ({target}). A pinned package has another layout than the kit "
+                    "expects. Remedy: undo the change of its pin, or correct runtime_links."
                 )
 
     def _sweep(self) -> None:

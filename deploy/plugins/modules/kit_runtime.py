@@ -23,7 +23,7 @@ options:
   lock: {type: dict, required: true, description: The pins, tool -> version -> platform -> source, name, hash.}
   versions: {type: dict, description: Which version of a tool where the lock has several.}
   requirements: {type: str, required: true, description: The virtual environment's requirements with hashes.}
-  links: {type: dict, description: "Further links in runtime/bin: name -> path in runtime."}
+  links: {type: dict, description: "Further links: path in runtime -> path in runtime; {machine} is uname -m."}
   python: {type: str, description: An interpreter that the site names.}
   python_version: {type: str, required: true, description: The minor version, 3.12.}
   python_download: {type: str, description: Full version that uv may download; empty forbids it.}
