@@ -352,7 +352,7 @@ def queues(home: str) -> dict[str, list[str]]:
     """The queues that each Celery worker consumes, as the workers say. Runs with the API's own Python."""
     from celery import Celery
 
-    known = env(home, "worker")
+    known = env(home, "api")
     app = Celery(broker=known["CELERY_BROKER_URL"])
     if prefix := known.get("REDIS_KEY_PREFIX"):
         app.conf.broker_transport_options = {"global_keyprefix": f"{prefix}:"}
