@@ -66,3 +66,9 @@ e2e: venv-dev  ## whole deploys by throw-away users, as root; without Dify where
 
 bench-deploy: venv-dev  ## cold, cached and no-op deploys by a throw-away user, as root: times by step
 	@.venv/bin/python -m tests.bench.deploy
+
+release-file: venv  ## draft or refresh the file of a Dify release, VERSION=1.17.0
+	@.venv/bin/python deploy/tools/release_file.py $(VERSION) $(ARGS)
+
+runtime-lock: venv  ## ask for the runtime's hashes again; ARGS=pnpm=11.11.0 moves a tool
+	@.venv/bin/python deploy/tools/lock_runtime.py $(ARGS)
