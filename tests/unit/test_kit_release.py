@@ -6,8 +6,10 @@ import copy
 import functools
 import http.server
 import json
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,14 @@ def test_the_builds_proxy_is_used(site: str) -> None:
 
 def test_nobody_there() -> None:
     assert not kit_release.Probe({}, seconds=2).reachable("http://127.0.0.1:1/there")
+
+
+@pytest.mark.parametrize("scheme", ["https", "git+https"])
+def test_a_silent_peer_is_given_up(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begun = time.monotonic()
+        assert not kit_release.Probe(seconds=1).reachable(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/x")
+        assert 1 <= time.monotonic() - begun < 10
 
 
 def test_git_honours_insteadof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

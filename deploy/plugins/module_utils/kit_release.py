@@ -6,8 +6,10 @@ a host has no YAML parser to offer. What a release's source says about itself is
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
+import signal
 import ssl
 import subprocess
 import tempfile
@@ -172,14 +174,24 @@ class Probe:
 
     def _git(self, address: str) -> bool:
         environment = {**self.environment, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"}
-        command = ["git", "ls-remote", "--quiet", address, "HEAD"]
         try:
-            done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=self.seconds
+            # A session of its own: killing git alone would leave its helper waiting for a silent peer.
+            asked = subprocess.Popen(
+                ["git", "ls-remote", "--quiet", address, "HEAD"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
-        except (OSError, subprocess.TimeoutExpired):
+        except OSError:
             return False
-        return done.returncode == 0
+        try:
+            return asked.wait(self.seconds) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(asked.pid, signal.SIGKILL)
+            asked.wait()
+            return False
 
     def _http(self, address: str) -> bool:
         # The build's proxy, not this process's: a module runs in the environment of whoever logged in.
@@ -191,7 +203,7 @@ class Probe:
         try:
             with opener.open(urllib.request.Request(address, method="HEAD"), timeout=self.seconds):
                 return True
-        except (OSError, ValueError):  # urllib's errors are OSErrors
+        except (OSError, ValueError, http.client.HTTPException):  # urllib's own errors are OSErrors
             return False
 
 
