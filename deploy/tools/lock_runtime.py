@@ -74,6 +74,11 @@ def artefacts(tool: str, version: str) -> dict[str, dict[str, str]]:
     return {platform: pypi(tool, version, machine) for platform, (machine, _) in PLATFORMS.items()}
 
 
+def render(pins: dict[str, Any]) -> str:
+    """Return the lock file's text."""
+    return HEADER + yaml.safe_dump({"runtime_lock": pins}, sort_keys=True, explicit_start=True, width=200)
+
+
 def main(arguments: list[str]) -> int:
     """Write vars/main/lock.yml and files/requirements.txt."""
     lock: dict[str, Any] = yaml.safe_load(LOCK.read_text()) if LOCK.exists() else {}
@@ -85,7 +90,7 @@ def main(arguments: list[str]) -> int:
             return 2
         versions[tool] = (versions.get(tool, set()) if tool == "pnpm" else set()) | {version}
     pins = {tool: {version: artefacts(tool, version) for version in found} for tool, found in versions.items()}
-    LOCK.write_text(HEADER + yaml.safe_dump({"runtime_lock": pins}, sort_keys=True, explicit_start=True, width=200))
+    LOCK.write_text(render(pins))
     subprocess.run(
         ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.12", "--generate-hashes",
          "--custom-compile-command", "make runtime-lock", "requirements.in", "--output-file", "requirements.txt"],
