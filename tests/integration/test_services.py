@@ -292,6 +292,21 @@ def test_what_a_dead_supervisord_left_is_stopped_gracefully_first(home: Home) ->
     assert not reconcile(services, home.root).changed
 
 
+def test_supervisord_itself_is_restarted_for_its_own_configuration(web: Web) -> None:
+    assert reconcile([], web.home.root).changed
+    reconcile([web.service()], web.home.root)
+    assert not reconcile([], web.home.root).changed
+    old = Supervisor(web.home.root).rpc.getPID()
+    time.sleep(0.05)
+    with (web.home.root / "etc/supervisord.conf").open("a") as file:
+        file.write("\n; new\n")
+    assert reconcile([], web.home.root, check=True).changed
+    assert not gone(old)
+    assert reconcile([], web.home.root).changed
+    assert gone(old)
+    assert not reconcile([web.service()], web.home.root).changed
+
+
 def test_a_reused_pid_is_left_alone(web: Web) -> None:
     (web.home.root / "var/run/pids").mkdir()
     (web.home.root / "var/run/pids/web").write_text(f"{os.getpid()} 1\n")

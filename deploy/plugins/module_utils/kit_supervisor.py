@@ -165,10 +165,17 @@ class Supervisor:
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
             return False
 
+    def outdated(self) -> bool:
+        """Whether its own configuration was written after it started."""
+        conf, pidfile = self.home / "etc/supervisord.conf", self.home / "var/run/supervisord.pid"
+        return conf.exists() and pidfile.exists() and conf.stat().st_mtime > pidfile.stat().st_mtime
+
     def ensure(self) -> bool:
-        """Have it running; True if it had to be started."""
+        """Have it running with its present configuration; True if it had to be started."""
         if self.answers():
-            return False
+            if not self.outdated():
+                return False
+            self._kitctl("stop")
         self._kitctl("supervise")
         return True
 
@@ -257,11 +264,12 @@ class Outcome:
     restarted: list[str] = dataclasses.field(default_factory=list)
     stopped: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    supervisord: bool = False
 
     @property
     def changed(self) -> bool:
         """Whether anything was done."""
-        return bool(self.files or self.started or self.restarted or self.stopped)
+        return bool(self.files or self.started or self.restarted or self.stopped or self.supervisord)
 
 
 def reconcile(
@@ -281,12 +289,14 @@ def reconcile(
         if change:
             outcome.files.append(change)
     up = supervisor.answers()
-    if check or not (up or wanted):
-        states = supervisor.states() if up else {}
+    # Without services the call is about supervisord itself; only to stop services nobody needs to start it.
+    if check or (unwanted and not wanted and not up):
+        states = supervisor.states() if up and not supervisor.outdated() else {}
         outcome.started = [
             name for name in wanted if states.get(name, {}).get("statename") not in ("RUNNING", "STARTING")
         ]
         outcome.stopped = [name for name in unwanted if states.get(name, {}).get("statename") in ALIVE]
+        outcome.supervisord = bool(wanted or not services) and not (up and not supervisor.outdated())
         return outcome
 
     log_starts = {name: _size(log_path(home, name)) for name in wanted}
@@ -306,6 +316,7 @@ def reconcile(
         supervisor.start(name)
     restarts = set(outcome.restarted)
     outcome.started = sorted(((to_restart | added) & set(wanted) | (set(wanted) if fresh else set())) - restarts)
+    outcome.supervisord = fresh
 
     problems = []
     with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(wanted))) as pool:

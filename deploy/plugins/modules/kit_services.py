@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import xmlrpc.client
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,9 @@ def main() -> None:
         )
     except (ServiceProblem, FileProblem) as problem:
         module.fail_json(msg=str(problem))
+    except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
+        log = home / "var/log/supervisord.log"
+        module.fail_json(msg=f"supervisord of {home} broke off: {error}. Remedy: read {log}, then run the same again.")
     diff = [
         {"before": c.before, "after": c.after, "before_header": str(c.dest), "after_header": str(c.dest)}
         for c in outcome.files
