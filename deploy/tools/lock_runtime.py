@@ -91,12 +91,10 @@ def main(arguments: list[str]) -> int:
         versions[tool] = (versions.get(tool, set()) if tool == "pnpm" else set()) | {version}
     pins = {tool: {version: artefacts(tool, version) for version in found} for tool, found in versions.items()}
     LOCK.write_text(render(pins))
-    subprocess.run(
-        ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.12", "--generate-hashes",
-         "--custom-compile-command", "make runtime-lock", "requirements.in", "--output-file", "requirements.txt"],
-        cwd=ROLE / "files",
-        check=True,
-    )  # fmt: skip
+    uv = Path(sys.executable).with_name("uv")  # the kit's own, in the same virtual environment
+    options = ["--quiet", "--universal", "--python-version", "3.12", "--generate-hashes"]
+    files = ["requirements.in", "--output-file", "requirements.txt", "--custom-compile-command", "make runtime-lock"]
+    subprocess.run([uv, "pip", "compile", *options, *files], cwd=ROLE / "files", check=True)
     return 0
 
 

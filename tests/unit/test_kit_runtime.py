@@ -72,13 +72,12 @@ def test_probe_finds_the_interpreter_behind_a_venv() -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("echo '{\"version\": \"2.7.18\", \"executable\": \"/x\", \"prefix\": \"/\", \"missing\": []}'", "is Python 2.7.18"),
+        ('echo \'{"version": "2.7.18", "missing": []}\'', "is Python 2.7.18"),
         ("echo something", "is not a Python interpreter"),
         ("echo 'libpython3.12.so.1.0: cannot open' >&2; exit 127", "cannot open"),
         ("exit 3", "ends with code 3"),
         (
-            f"echo '{{\"version\": \"{VERSION}.1\", \"executable\": \"/x\", \"prefix\": \"/\","
-            " \"missing\": [\"the module ssl\"]}'",
+            f'echo \'{{"version": "{VERSION}.1", "missing": ["the module ssl"]}}\'',
             "lacks the module ssl",
         ),
     ],

@@ -15,7 +15,7 @@ from ansible.module_utils import kit_postgres
 
 def sizes(memory_mb: int, max_connections: int) -> dict[str, str]:
     """``memory | kit_postgres_sizes(connections)``: see ``kit_postgres.settings``."""
-    return kit_postgres.settings(int(memory_mb), int(max_connections))
+    return dict(kit_postgres.settings(int(memory_mb), int(max_connections)))
 
 
 def lines(settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,12 +114,12 @@ class Cluster:
 
     def initialise(self, password: str) -> None:
         """Make a new cluster beside its place and rename it: an interrupted run leaves nothing that looks like data."""
-        self.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for leftover in self.parent.glob(".new-*"):
-            shutil.rmtree(leftover)
-        scratch = Path(tempfile.mkdtemp(dir=self.parent, prefix=".new-"))
+        scratch = self.parent / ".new"
         new, password_file = scratch / "data", scratch / "password"
         try:
+            if scratch.exists():
+                shutil.rmtree(scratch)
+            scratch.mkdir(parents=True, mode=0o700)
             # The password goes through a file that only this user may read, for as long as initdb runs.
             password_file.write_text(password + "\n")
             run = subprocess.run(
@@ -147,8 +146,8 @@ class Cluster:
             os.rename(new, self.data)  # over an empty folder too
         except OSError as error:
             raise PostgresProblem(
-                f"The new database cannot be put to {self.data}: {error}. Remedy: free space, or move away "
-                "what is there; a disk of its own is mounted at the folder above."
+                f"The new database cannot be put to {self.data}: {error}. Remedy: free space, give "
+                f"{self.parent} to the service user, or move away what is in it."
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
