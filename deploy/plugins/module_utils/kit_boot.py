@@ -31,15 +31,16 @@ class Result:
 class BootHook:
     """The boot hook of one kit home, for the user this runs as."""
 
-    def __init__(self, home: Path, *, check: bool = False, run_dir: Path | None = None) -> None:
-        """`run_dir` is the user's runtime folder, where systemd's user instance has its socket."""
+    def __init__(self, home: Path, *, check: bool = False, root: Path = Path("/")) -> None:
+        """`root` is where the machine's own files are looked for."""
         user = pwd.getpwuid(os.getuid())
         self.home = home
         self.check = check
         self.user = user.pw_name
-        self.run_dir = run_dir or Path(f"/run/user/{os.getuid()}")
-        self.unit = Path(user.pw_dir) / ".config/systemd/user" / f"{home.name}.service"
-        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(self.run_dir), "LC_ALL": "C"}
+        self.root = root
+        self.unit = root / user.pw_dir.lstrip("/") / ".config/systemd/user" / f"{home.name}.service"
+        # su and cron do not set the first, without which systemctl does not find the user's instance.
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}", "LC_ALL": "C"}
         self.changes: list[Change] = []
 
     def present(self) -> Result:
@@ -54,7 +55,7 @@ class BootHook:
             return Result("cron", self.changes, [])
         start = f"{self.home}/runtime/bin/kitctl start"
         remedy = f"have it run: su - {self.user} -c '{start}'"
-        if Path("/run/systemd/system").exists():
+        if self._is_systemd():
             remedy = f"run: loginctl enable-linger {self.user}   (then deploy again)"
         return Result(
             "none",
@@ -78,7 +79,7 @@ class BootHook:
 
     def _systemd_works(self) -> bool:
         """Whether a user instance runs, and will after a boot without anybody logging in (lingering)."""
-        if not (shutil.which("systemctl") and Path("/run/systemd/system").exists()):
+        if not (shutil.which("systemctl") and self._is_systemd()):
             return False
         if not self._lingers() and not self.check:
             # Some systems allow it for oneself; connected as root, the services role has done it before.
@@ -90,8 +91,11 @@ class BootHook:
             time.sleep(0.2)  # the instance of a user who has just been given lingering is still starting
         return False
 
+    def _is_systemd(self) -> bool:
+        return (self.root / "run/systemd/system").exists()
+
     def _lingers(self) -> bool:
-        return Path("/var/lib/systemd/linger", self.user).exists()
+        return (self.root / "var/lib/systemd/linger" / self.user).exists()
 
     def _unit_present(self) -> None:
         changed = apply(
@@ -141,7 +145,7 @@ WantedBy=default.target
         if not shutil.which("crontab"):
             return False
         names = set()
-        for comm in Path("/proc").glob("[0-9]*/comm"):
+        for comm in (self.root / "proc").glob("[0-9]*/comm"):
             try:
                 names.add(comm.read_text().strip())
             except OSError:

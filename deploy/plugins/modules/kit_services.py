@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kit_boot import BootHook, BootProblem
 from ansible.module_utils.kit_files import FileProblem
 from ansible.module_utils.kit_supervisor import Service, ServiceProblem, Supervisor, reconcile
 
@@ -26,6 +27,13 @@ options:
     choices: [started, stopped]
     default: started
     description: C(stopped) stops all services gracefully, databases last, and supervisord itself.
+  boot:
+    type: str
+    choices: [present, absent]
+    description: >-
+      Whether the services start when the machine boots - a systemd user unit where systemd runs an instance for the
+      user without a login (lingering), else a C(@reboot) line in the user's crontab where cron runs, else only a
+      notice of what an administrator can do. Left out, the call does not look at it.
   absent: {type: list, elements: str, default: [], description: Names of services to stop and forget where they exist.}
   log_megabytes: {type: int, default: 10, description: Size at which a service's log is rotated.}
   log_backups: {type: int, default: 5, description: Rotated logs that are kept.}
@@ -98,6 +106,7 @@ def main() -> None:
         argument_spec={
             "home": {"type": "path", "required": True},
             "supervisord": {"type": "str", "choices": ["started", "stopped"], "default": "started"},
+            "boot": {"type": "str", "choices": ["present", "absent"]},
             "absent": {"type": "list", "elements": "str", "default": []},
             "log_megabytes": {"type": "int", "default": 10},
             "log_backups": {"type": "int", "default": 5},
@@ -112,35 +121,39 @@ def main() -> None:
         supports_check_mode=True,
     )
     home = Path(module.params["home"])
+    result: dict[str, Any] = {}
     try:
         if module.params["supervisord"] == "stopped":
             supervisor = Supervisor(home)
-            module.exit_json(changed=supervisor.anything_runs() if module.check_mode else supervisor.shutdown())
-        outcome = reconcile(
-            [_service(raw) for raw in module.params["services"]]
-            + [Service(name, state="absent") for name in module.params["absent"]],
-            home,
-            check=module.check_mode,
-            log_megabytes=module.params["log_megabytes"],
-            log_backups=module.params["log_backups"],
-        )
-    except (ServiceProblem, FileProblem) as problem:
+            changed = supervisor.anything_runs() if module.check_mode else supervisor.shutdown()
+            changes = []
+        else:
+            outcome = reconcile(
+                [_service(raw) for raw in module.params["services"]]
+                + [Service(name, state="absent") for name in module.params["absent"]],
+                home,
+                check=module.check_mode,
+                log_megabytes=module.params["log_megabytes"],
+                log_backups=module.params["log_backups"],
+            )
+            changed, changes = outcome.changed, outcome.files
+            result = {name: getattr(outcome, name) for name in ("started", "restarted", "stopped", "seconds")}
+        if module.params["boot"]:
+            hook = BootHook(home, check=module.check_mode)
+            boot = hook.present() if module.params["boot"] == "present" else hook.absent()
+            changes = changes + boot.changes
+            result |= {"boot": boot.hook, "kit_notice": boot.notice}
+    except (ServiceProblem, FileProblem, BootProblem) as problem:
         module.fail_json(msg=str(problem))
     except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
         log = home / "var/log/supervisord.log"
         module.fail_json(msg=f"supervisord of {home} broke off: {error}. Remedy: read {log}, then run the same again.")
-    diff = [
-        {"before": c.before, "after": c.after, "before_header": str(c.dest), "after_header": str(c.dest)}
-        for c in outcome.files
-    ]
-    module.exit_json(
-        changed=outcome.changed,
-        started=outcome.started,
-        restarted=outcome.restarted,
-        stopped=outcome.stopped,
-        seconds=outcome.seconds,
-        **({"diff": diff} if module._diff else {}),
-    )
+    if module._diff:
+        result["diff"] = [
+            {"before": c.before, "after": c.after, "before_header": str(c.dest), "after_header": str(c.dest)}
+            for c in changes
+        ]
+    module.exit_json(changed=bool(changed or changes), **result)
 
 
 def _service(raw: dict[str, Any]) -> Service:
