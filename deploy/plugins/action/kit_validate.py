@@ -160,7 +160,9 @@ class ActionModule(ActionBase):
 
         if "dify_release" not in broken:
             yield from self._check_release(str(value("dify_release")), value, where, deploy)
-        ports = {name: value(name) for name in specs if name.endswith("_port")}
+        named = [name for name in specs if name.endswith("_port")]
+        # dify_source_plugin_daemon_debug_port tells one role where another's plugin_daemon_debug_port listens.
+        ports = {name: value(name) for name in named if not any(name.endswith(f"_{other}") for other in named)}
         if not broken & {*ports, "kit_port_base"}:
             place = ", ".join(dict.fromkeys(where[name] for name in [*ports, "kit_port_base"] if name in where))
             numbers = {name: int(port) for name, port in ports.items() if re.fullmatch(r"\d+", str(port))}
