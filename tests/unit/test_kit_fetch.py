@@ -88,11 +88,13 @@ def npm(registry: Registry, content: bytes) -> Artefact:
 
 
 def test_npm_tarball(registry: Registry, tmp_path: Path) -> None:
-    artefact = npm(registry, tarball({"package/bin/node": b"binary", "package/README.md": b"text"}))
+    files = {"package/bin/node": b"binary", "package/README.md": b"text", "package/include/node.h": b"unneeded"}
+    artefact = npm(registry, tarball(files))
     archive = fetch(artefact, tmp_path / "cache", registry.url + "/")
     unpack(artefact, archive, tmp_path / "node")
     assert (tmp_path / "node/bin/node").read_bytes() == b"binary"
     assert (tmp_path / "node/bin/node").stat().st_mode & 0o777 == 0o755
+    assert not (tmp_path / "node/include").exists()
     assert (tmp_path / "node/README.md").stat().st_mode & 0o777 == 0o644
 
 

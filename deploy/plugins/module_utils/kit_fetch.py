@@ -38,6 +38,10 @@ REGISTRIES = {
 }
 
 
+#: Half of Go's files are its own tests; Node's headers serve add-ons that are compiled, and pnpm asks for none of them.
+UNNEEDED = {"go": re.compile(r"_test\.go$|/testdata/"), "npm": re.compile(r"^include/")}
+
+
 class FetchError(Exception):
     """Says what could not be fetched, where from, and what to do."""
 
@@ -225,7 +229,8 @@ def _member_path(artefact: Artefact, name: str) -> str | None:
         found = re.fullmatch(r"[^/]+\.data/scripts/([^/]+)", name)
         return f"bin/{found[1]}" if found else None
     prefix = artefact.name + "/" if artefact.source == "go" else name.split("/", 1)[0] + "/"
-    return name[len(prefix) :] if name.startswith(prefix) and len(name) > len(prefix) else None
+    path = name[len(prefix) :] if name.startswith(prefix) else ""
+    return path if path and not UNNEEDED[artefact.source].search(path) else None
 
 
 def _is_program(artefact: Artefact, path: str, mode: int) -> bool:

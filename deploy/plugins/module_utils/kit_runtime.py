@@ -33,6 +33,8 @@ PROGRAMS = {
     "uv": {"uv": "bin/uv"},
 }
 VENV_SECONDS = 1800
+#: Where root lays a copy of its Python ready (kit_stage_python): a disk, and not the user's own folders.
+STAGING, STAGING_PREFIX = Path("/var/tmp"), "dify-kit-python-"
 
 # What makes an interpreter usable here: modules that distributions leave out, and headers (one of Dify's own
 # dependencies compiles C). Prints the interpreter behind a venv or a version manager's shim.
@@ -403,9 +405,11 @@ class Runtime:
                 )
 
     def _sweep(self) -> None:
-        """Remove what a killed run left."""
-        for scratch in self.opt.glob(".new-*"):
-            shutil.rmtree(scratch, ignore_errors=True)
+        """Remove what a killed run left, here and where root lays copies ready."""
+        staged = Path(self.params["python_staged"])
+        left = [path for path in STAGING.glob(STAGING_PREFIX + "*") if path.lstat().st_uid == os.getuid()]
+        for path in [*self.opt.glob(".new-*"), *(path for path in left if path != staged)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, keep: Iterable[str], python: Python) -> None:
         """Remove what neither this set nor the one before needs: running servers may still read the one before."""

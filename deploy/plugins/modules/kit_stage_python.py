@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kit_runtime import Python, probe
+from ansible.module_utils.kit_runtime import STAGING, STAGING_PREFIX, Python, probe
 
 DOCUMENTATION = r"""
 module: kit_stage_python
@@ -30,8 +30,6 @@ RETURN = r"""
 path: {type: str, description: The copy; empty where root has none either.}
 """
 
-PARENT = "/var/tmp"
-PREFIX = "dify-kit-python-"
 ABANDONED_SECONDS = 3600
 UNNEEDED = {"__pycache__", "idlelib", "site-packages", "test", "turtledemo"}
 
@@ -55,7 +53,7 @@ def candidates(python: str, version: str) -> list[str]:
 def copy(python: Python, version: str, user: str) -> str:
     """Copy an interpreter with its library and headers to a folder that belongs to the user."""
     entry = pwd.getpwnam(user)
-    staging = Path(tempfile.mkdtemp(dir=PARENT, prefix=PREFIX))  # 0700: nobody looks in before it is complete
+    staging = Path(tempfile.mkdtemp(dir=STAGING, prefix=STAGING_PREFIX))  # 0700: nobody looks in before it is complete
     prefix, name = Path(python.prefix), f"python{version}"
 
     def unneeded(folder: str, names: list[str]) -> set[str]:
@@ -87,8 +85,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     version = module.params["python_version"]
-    for old in glob.glob(f"{PARENT}/{PREFIX}*"):
-        if time.time() - os.lstat(old).st_mtime > ABANDONED_SECONDS:
+    for old in STAGING.glob(STAGING_PREFIX + "*"):
+        if time.time() - old.lstat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
     for command in candidates(module.params["python"], version):
         found = probe(command, version)
