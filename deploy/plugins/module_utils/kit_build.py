@@ -21,7 +21,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -318,22 +317,21 @@ def unpack(source: Source, target: Path) -> str:
         BuildError: it can't be read, or it is another file than its sha256 says.
     """
     name = source.variable("archive")
-    work = fresh(target.with_name(target.name + ".unpacked"))
     try:
         with open(source.archive, "rb") as stream:
             found = hashlib.sha256(stream.read()).hexdigest()
-        if found != source.archive_sha256:
-            raise BuildError(
-                f"{source.archive} has sha256 {found}; {name}_sha256 says {source.archive_sha256 or 'nothing'}.\n"
-                f"Remedy: fetch the archive again, or correct {name}_sha256 if you trust this file."
-            )
-        with tarfile.open(source.archive) as archive:
-            archive.extractall(work, filter="data")
-    except (OSError, tarfile.TarError) as error:
+    except OSError as error:
         raise BuildError(
-            f"{source.archive} can't be unpacked: {error}.\n"
+            f"{source.archive} can't be read: {error.strerror}.\n"
             f"Remedy: {name} must name a tar archive on the host that the service user may read."
         ) from None
+    if found != source.archive_sha256:
+        raise BuildError(
+            f"{source.archive} has sha256 {found}; {name}_sha256 says {source.archive_sha256 or 'nothing'}.\n"
+            f"Remedy: fetch the archive again, or correct {name}_sha256 if you trust this file."
+        )
+    work = fresh(target.with_name(target.name + ".unpacked"))
+    run(["tar", "--extract", "--no-same-owner", "--file", source.archive], work)
     # A code host's archive holds one folder, that of `git archive` none.
     inner = list(work.iterdir())
     (inner[0] if len(inner) == 1 else work).rename(target)
