@@ -1,0 +1,94 @@
+"""The command line: ``install``, ``prepare``, ``serve``, ``ready`` and ``models``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from inference import catalog, engine, probe
+from inference.install import install
+from inference.problem import Problem
+from inference.weights import prepare
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m inference", description="The kit's model service.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("install", help="make the engine's virtual environment from a lock")
+    one.add_argument("--lock", type=Path, required=True)
+    one.add_argument("--venv", type=Path, required=True)
+    one.add_argument("--uv", default="uv")
+    # The real path: a relocated Python finds its library from where it lies, not from a link in runtime/bin.
+    one.add_argument("--python", default=os.path.realpath(sys.executable))
+
+    one = commands.add_parser("prepare", help="fetch and convert a model's weights")
+    one.add_argument("model")
+    one.add_argument("--output", type=Path, required=True, help="folder to make; its name is also the cache's key")
+    one.add_argument("--cache", type=Path, required=True)
+    one.add_argument("--uv", default="uv")
+
+    one = commands.add_parser("serve", help="become the engine")
+    one.add_argument("model")
+    one.add_argument("--weights", type=Path, required=True)
+    one.add_argument("--state", type=Path, required=True, help="folder for the engine's own caches")
+    one.add_argument("--host", default="127.0.0.1")
+    one.add_argument("--port", type=int, required=True)
+    one.add_argument("--max-model-len", type=int, default=0)
+    one.add_argument("--max-num-seqs", type=int, default=0)
+    one.add_argument("--kv-cache-gib", type=int, default=0)
+    one.add_argument("--print", action="store_true", help="only show environment and command line")
+
+    one = commands.add_parser("ready", help="ask the model one question, with the key in VLLM_API_KEY")
+    one.add_argument("model")
+    one.add_argument("--url", required=True, help="the endpoint with its /v1")
+    one.add_argument("--wait", type=float, default=0, help="seconds to wait for a server that does not listen yet")
+
+    commands.add_parser("models", help="list the catalog")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 2 with one line on stderr where the caller has to do something."""
+    options = parser().parse_args(argv)
+    try:
+        run(options)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    match options.command:
+        case "install":
+            install(options.lock, options.venv, options.uv, options.python)
+        case "prepare":
+            prepare(catalog.load(options.model), options.output, options.cache, options.uv, sys.executable)
+        case "serve":
+            model = catalog.load(options.model)
+            settings = engine.Settings(
+                weights=options.weights,
+                state=options.state,
+                host=options.host,
+                port=options.port,
+                max_model_len=options.max_model_len,
+                max_num_seqs=options.max_num_seqs,
+                kv_cache_gib=options.kv_cache_gib,
+            )
+            if options.print:
+                for name, value in engine.environment(model, settings).items():
+                    print(f"{name}={shlex.quote(value)} \\")
+                print(shlex.join(engine.command(model, settings)))
+            else:
+                engine.serve(model, settings)
+        case "ready":
+            print(probe.ready(options.url, options.model, options.wait))
+        case "models":
+            for model in map(catalog.load, catalog.ids()):
+                print(f"{model.id}\t{model.title}\t{'+'.join(model.modalities)}\t{model.context_length} tokens")
