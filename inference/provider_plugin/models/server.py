@@ -1,0 +1,144 @@
+"""What an OpenAI-compatible server says about a model: context size, images, tools.
+
+The server's list of models (`GET /v1/models`) tells the context size where the server is vLLM. What a model accepts
+is in no list, so it is tried with a one-token request: a server that cannot read images or tools refuses it (400).
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import requests
+
+# (connect, read) in seconds. A trial may wait behind other requests of a busy server.
+LIST_TIMEOUT = (5, 15)
+TRIAL_TIMEOUT = (5, 120)
+# These say nothing about the model.
+BUSY = (408, 429, 502, 503, 504)
+# How long an answer counts without asking again, in seconds.
+FRESH_SECONDS = 300.0
+# A grey square of 56 x 56 pixels: the smallest side that Kimi-VL, Qwen-VL and their kind take is 28.
+SQUARE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4CAAAAACN7WTCAAAAJElEQVR42u3LMQ0AAAwDoEqv9FpYdsNP+hRR"
+    "FEVRFEVRFMWbAclXIFtsqkldAAAAAElFTkSuQmCC"
+)
+TOOL = {
+    "type": "function",
+    "function": {"name": "noop", "description": "Does nothing.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+class ServerProblem(Exception):
+    """The server cannot be used as it is; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says about one of its models. `context` is None where the server doesn't tell (tokens)."""
+
+    context: int | None
+    vision: bool
+    tools: bool
+    weights: str = ""
+
+
+class Server:
+    """An OpenAI-compatible server at `endpoint`, with or without `/v1` at its end."""
+
+    # Answers of this process by endpoint, key and model, and those of earlier ones: a model is not gone from Dify's
+    # lists because its server is starting. The file lies in the plugin's folder, which outlives the process.
+    _known: ClassVar[dict[tuple[str, str, str], tuple[float, Facts]]] = {}
+    memory: ClassVar[Path] = Path("learnt.json")
+
+    def __init__(self, endpoint: str, api_key: str = "") -> None:
+        endpoint = endpoint.strip().rstrip("/")
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ServerProblem(f"The endpoint {endpoint!r} is no http(s) address. Write it like http://host:8000/v1.")
+        self.endpoint = endpoint if parts.path else f"{endpoint}/v1"
+        self.api_key = (api_key or "").strip()
+
+    def facts(self, model: str, *, anew: bool = False) -> Facts:
+        """What the server says about `model`; `anew` tries everything again.
+
+        Raises ServerProblem where the server doesn't answer and never did, refuses the key or lacks the model.
+        """
+        key = (self.endpoint, self.api_key, model)
+        asked, known = self._known.get(key, (0.0, None))
+        if known and not anew and time.monotonic() - asked < FRESH_SECONDS:
+            return known
+        try:
+            context, weights = self._listed(model)
+            if known and not anew and known.weights == weights:
+                facts = Facts(context, known.vision, known.tools, weights)
+            else:
+                facts = Facts(
+                    context,
+                    vision=self._takes(model, [{"type": "image_url", "image_url": {"url": SQUARE}}]),
+                    tools=self._takes(model, [], tools=[TOOL], tool_choice="auto"),
+                    weights=weights,
+                )
+        except requests.RequestException as error:
+            remembered = known or self._recall(model)
+            if anew or remembered is None:
+                raise ServerProblem(
+                    f"{self.endpoint} does not answer: {error}. Start the model server, or correct the endpoint."
+                ) from error
+            return remembered
+        self._known[key] = (time.monotonic(), facts)
+        self._remember(model, facts)
+        return facts
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def _listed(self, model: str) -> tuple[int | None, str]:
+        """Context size and weights of `model` as `GET /v1/models` has them."""
+        response = requests.get(f"{self.endpoint}/models", headers=self._headers(), timeout=LIST_TIMEOUT)
+        if response.status_code in (401, 403):
+            raise ServerProblem(f"{self.endpoint} refuses the API key (status {response.status_code}). Enter its key.")
+        try:
+            response.raise_for_status()
+            entries = {str(entry["id"]): entry for entry in response.json()["data"]}
+        except (requests.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ServerProblem(
+                f"{self.endpoint}/models gives no list of models (status {response.status_code}: "
+                f"{response.text[:200]!r}). The endpoint must be an OpenAI-compatible server's, usually ending in /v1."
+            ) from error
+        if model not in entries:
+            raise ServerProblem(f"{self.endpoint} does not serve {model!r}. It serves: {', '.join(entries) or 'none'}.")
+        entry = entries[model]
+        context = entry.get("max_model_len")
+        return (int(context) if context else None), str(entry.get("root") or "")
+
+    def _takes(self, model: str, parts: list[dict[str, Any]], **options: Any) -> bool:
+        """Whether a one-token request with these parts and options is served rather than refused."""
+        content = [*parts, {"type": "text", "text": "ping"}] if parts else "ping"
+        body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": content}], **options}
+        url = f"{self.endpoint}/chat/completions"
+        response = requests.post(url, json=body, headers=self._headers(), timeout=TRIAL_TIMEOUT)
+        if response.status_code in BUSY:
+            response.raise_for_status()
+        return bool(response.ok)
+
+    def _recall(self, model: str) -> Facts | None:
+        try:
+            return Facts(**json.loads(self.memory.read_text())[self._id(model)])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _remember(self, model: str, facts: Facts) -> None:
+        try:
+            known = json.loads(self.memory.read_text())
+        except (OSError, ValueError):
+            known = {}
+        if known.get(self._id(model)) != asdict(facts):
+            known[self._id(model)] = asdict(facts)
+            self.memory.write_text(json.dumps(known, indent=1))
+
+    def _id(self, model: str) -> str:
+        return hashlib.sha256(f"{self.endpoint}\n{model}".encode()).hexdigest()
