@@ -26,7 +26,9 @@ WHERE = "settings.yml, line 3"
 
 
 def problems(name: str, value: Any, **attributes: Any) -> list[kit_report.Problem]:
-    return kit_validate.check_settings([Setting(name, value, WHERE, **attributes)], SPECS, {})
+    setting = Setting(name, value, WHERE, **attributes)
+    found: list[kit_report.Problem] = kit_validate.check_settings([setting], SPECS, {})
+    return found
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def existing_parent(path: str) -> str:
 
 
 def gigabytes(megabytes: float) -> str:
-    """``8400`` -> ``8.2 GB``."""
-    return f"{megabytes / 1024:.1f} GB"
+    """``8400`` -> ``8.2 GB``, ``18`` -> ``18 MB``."""
+    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1024 else f"{megabytes:.0f} MB"
 
 
 # --- The machine --------------------------------------------------------------------------------------------------
@@ -783,8 +783,9 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     asking, looking = Findings(), Findings()
     with ThreadPoolExecutor(max_workers=3) as pool:
         network = pool.submit(check_sources, asking, parts, sources, account, environment)
-        wants_python = any(part.python for part in parts)
-        python = pool.submit(check_python, looking, account, parameters["python"], environment) if wants_python else None
+        python = None
+        if any(part.python for part in parts):
+            python = pool.submit(check_python, looking, account, parameters["python"], environment)
         others = pool.submit(foreign_dify, home, environment, account)
 
         libc = (platform.libc_ver()[0], platform.libc_ver()[1])
