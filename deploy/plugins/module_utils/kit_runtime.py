@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -292,7 +293,8 @@ class Runtime:
             )
         except RuntimeFailure as failure:
             shutil.rmtree(folder, ignore_errors=True)
-            reasons.append(str(failure))
+            causes = re.split(r"\s*cause:\s*", str(failure))  # the first says what failed, the last why
+            reasons.append(": ".join(dict.fromkeys([causes[0], causes[-1]])))
             return None
         for command in glob.glob(f"{folder}/cpython-{version}-*/bin/python{self.params['python_version']}"):
             found: Python | None = usable(command)
