@@ -85,8 +85,12 @@ class Server:
         except requests.RequestException as error:
             remembered = known or self._recall(model)
             if anew or remembered is None:
+                # requests wraps the reason several times over; people need the innermost.
+                reason = str(getattr(error.args[0] if error.args else error, "reason", error)).rpartition(": ")[2]
+                if isinstance(error, requests.HTTPError):
+                    reason = f"it says {error.response.status_code} {error.response.reason}"
                 raise ServerProblem(
-                    f"{self.endpoint} does not answer: {error}. Start the model server, or correct the endpoint."
+                    f"{self.endpoint} does not answer: {reason}. Start the model server, or correct the endpoint."
                 ) from error
             return remembered
         self._known[key] = (time.monotonic(), facts)
