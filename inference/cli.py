@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--max-model-len", type=int, default=0)
     one.add_argument("--max-num-seqs", type=int, default=0)
     one.add_argument("--kv-cache-gib", type=int, default=0)
+    one.add_argument("--stop-seconds", type=int, default=30, help="time for running answers after SIGTERM")
     one.add_argument("--print", action="store_true", help="only show environment and command line")
 
     one = commands.add_parser("ready", help="ask the model one question, with the key in VLLM_API_KEY")
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
                 max_model_len=options.max_model_len,
                 max_num_seqs=options.max_num_seqs,
                 kv_cache_gib=options.kv_cache_gib,
+                stop_seconds=options.stop_seconds,
             )
             if options.print:
                 for name, value in engine.environment(model, settings).items():

