@@ -20,6 +20,7 @@ SPECS: dict[str, Any] = {
     "postgres_databases": {"type": "list", "elements": "str"},
     "dify_source_verify": {"type": "str", "choices": ["strict", "warn"]},
     "gateway_tls": {"type": "bool"},
+    "runtime_tools": {"type": "list", "elements": "str", "choices": ["go", "node"]},
     "role_database": {"type": "dict", "options": {"host": {"type": "str", "required": True}, "port": {"type": "int"}}},
 }
 WHERE = "settings.yml, line 3"
@@ -46,6 +47,7 @@ def problems(name: str, value: Any, **attributes: Any) -> list[kit_report.Proble
         ("kit_home", "/srv/dify-kit_2/home"),
         ("gateway_tls", False),
         ("postgres_databases", ["dify"]),
+        ("runtime_tools", ["node", "go"]),
         ("role_database", {"host": "db", "port": 5432}),
         ("dify_acknowledged_advisories", []),
         ("ansible_user", "anybody"),
@@ -74,6 +76,7 @@ def test_sound_values_pass(name: str, value: Any) -> None:
         ("dify_source_verify", "off", "none of its values", "choose one of strict, warn"),
         ("gateway_tls", "no", "gateway_tls must be true or false", "without quotes"),
         ("postgres_databases", "dify", "must be a list, but it is 'dify'", "[a, b]"),
+        ("runtime_tools", ["nod"], "runtime_tools[0] is 'nod', which is none of its values", "did you mean node"),
         ("postgres_databases", [1], "postgres_databases[0] must be text", "quotes"),
         ("role_database", {"prot": 1, "host": "db"}, "role_database.prot is not", "did you mean role_database.port"),
         ("role_database", {"port": 1}, "role_database lacks the key host", "add host"),

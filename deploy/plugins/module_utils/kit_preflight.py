@@ -35,7 +35,7 @@ CLOCK_NOTICE_SECONDS = 30
 # sun_path of Linux holds 108 bytes, the last of them zero.
 SOCKET_PATH_LIMIT = 107
 # What the kit puts into kit_home (CONTRIBUTING.md, "On a host").
-HOME_ENTRIES = {"runtime", "releases", "current", "etc", "var"}
+HOME_ENTRIES = {"current", "etc", "inference", "releases", "runtime", "var"}
 CA_BUNDLES = "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"
 # Where a user, and root, keep a Python of their own (the runtime role looks there too).
 PYTHON_FOLDERS = ".local/bin", ".pyenv/shims", "bin"
@@ -88,7 +88,7 @@ class Source:
     """Where parts come from.
 
     Attributes:
-        kind: ``git`` (``tag`` must exist) or ``http`` (a page that any mirror of it has).
+        kind: ``git`` (``tag`` must exist), ``http`` (a page that any mirror of it has) or ``file`` (on the host).
         remedy: the ways out, when it does not answer.
     """
 
@@ -713,6 +713,9 @@ def check_sources(
     asked = [source for source in sources if source.name in wanted]
 
     def ask(source: Source) -> Answer:
+        if source.kind == "file":
+            readable = account.may("r", source.url)
+            return Answer("" if readable else f"{account.name} cannot read that file", asked=source.url)
         if source.kind != "git":
             return ask_http(source, environment)
         # Whether git is there at all is check_commands' to say.

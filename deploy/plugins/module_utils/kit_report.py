@@ -27,18 +27,18 @@ def _field(label: str, text: str) -> list[str]:
     lines: list[str] = []
     for number, line in enumerate(text.splitlines()):
         first = f"   {label + ':':<8}" if number == 0 else indent
-        # A line that is indented is a command or an item: breaking it would spoil copying it.
+        # A line that is indented is a command: breaking it would spoil copying it.
         if line.startswith(" "):
             lines.append(indent + line)
-        else:
-            lines += textwrap.wrap(
-                line,
-                WIDTH,
-                initial_indent=first,
-                subsequent_indent=indent,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            continue
+        lines += textwrap.wrap(
+            line,
+            WIDTH,
+            initial_indent=first,
+            subsequent_indent=indent + ("  " if line.startswith("- ") else ""),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return lines
 
 

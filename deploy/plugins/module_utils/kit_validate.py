@@ -96,14 +96,14 @@ def check_value(setting: Setting, spec: Spec, path: str = "", value: Any = None)
         what = f"{name} must be {TYPE_NAMES.get(wanted, wanted)}, but it is {shown}."
         return [Problem(what, setting.where, _type_remedy(setting, wanted, value))]
     choices = spec.get("choices")
-    if choices and value not in choices and not (wanted == "int" and int(value) in choices):
+    if choices and wanted != "list" and value not in choices and not (wanted == "int" and int(value) in choices):
         close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
         remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(map(str, choices))}."
         return [Problem(f"{name} is {shown}, which is none of its values.", setting.where, remedy)]
     problems: list[Problem] = []
     options = spec.get("options")
     if wanted == "list":
-        inner: dict[str, Any] = {"type": spec.get("elements", "raw"), "options": options}
+        inner: dict[str, Any] = {"type": spec.get("elements", "raw"), "options": options, "choices": choices}
         for number, item in enumerate(value):
             problems += check_value(setting, inner, f"{name}[{number}]", item)
     elif wanted == "dict" and options:
