@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev deploy check status logs restart start stop debug uninstall release-file runtime-lock test lint unit integration e2e bench-deploy
+.PHONY: help venv venv-dev deploy check status logs restart start stop debug uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,11 @@ debug: venv  ## SERVICE=api under a debugger to attach to
 
 uninstall: venv  ## stop everything and remove the programs; data stays unless ARGS="-e kit_delete_data=yes"
 	@$(KIT) play uninstall $(ARGS)
+
+inference-lock: venv  ## rewrite the model engine's lock from inference/locks/cpu.in
+	@.venv/bin/uv pip compile --quiet --no-config inference/locks/cpu.in --overrides inference/locks/cpu-overrides.txt \
+	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+	  --custom-compile-command "make inference-lock" --output-file inference/locks/cpu.txt $(ARGS)
 
 test: lint unit integration e2e  ## the kit's own tests; the end-to-end ones need root and about an hour
 
