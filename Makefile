@@ -57,7 +57,7 @@ lint: venv-dev  ## style, types, playbooks, shell
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy deploy inference tests
 	@.venv/bin/yamllint --strict .
-	@PATH=$(CURDIR)/.venv/bin:$$PATH ANSIBLE_CONFIG=deploy/ansible.cfg .venv/bin/ansible-lint --quiet
+	@PATH=$(CURDIR)/.venv/bin:$$PATH ANSIBLE_CONFIG=deploy/ansible.cfg .venv/bin/ansible-lint -q
 	@.venv/bin/shellcheck .ci/run
 
 unit: venv-dev  ## decisions, without a host
