@@ -105,7 +105,7 @@ def stop_leftovers(state: Path, seconds: float = 10) -> list[int]:
     if note.exists():
         group = int(note.read_text(encoding="ascii") or 0)
         end = time.monotonic() + seconds
-        while found := _engine_processes(group):
+        while found := engine_processes(group):
             if time.monotonic() > end:
                 raise Problem(
                     f"The engine's processes {', '.join(map(str, found))} of an earlier start cannot be killed. "
@@ -121,7 +121,7 @@ def stop_leftovers(state: Path, seconds: float = 10) -> list[int]:
     return killed
 
 
-def _engine_processes(group: int) -> list[int]:
+def engine_processes(group: int) -> list[int]:
     """Living processes of a group that the engine has named (``VLLM::EngineCore``, ``VLLM::Worker``)."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
