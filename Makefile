@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev deploy check status logs restart start stop debug uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy
+.PHONY: help venv venv-dev deploy check status logs restart start stop debug recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ stop: venv  ## stop all services, gracefully; data stays
 debug: venv  ## SERVICE=api under a debugger to attach to
 	@$(KIT) host debug $(SERVICE)
 
+recover-secrets: venv  ## a site that lost its secrets.yml: take them from its host's files
+	@$(KIT) play recover_secrets $(ARGS)
+
 uninstall: venv  ## stop everything and remove the programs; data stays unless ARGS="-e kit_delete_data=yes"
 	@$(KIT) play uninstall $(ARGS)
 
@@ -50,7 +53,7 @@ inference-lock: venv  ## rewrite the model engine's lock from inference/locks/cp
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
 	  --custom-compile-command "make inference-lock" --output-file inference/locks/cpu.txt $(ARGS)
 
-test: lint unit integration e2e  ## the kit's own tests; the end-to-end ones need root and about an hour
+test: lint unit integration  ## the kit's own tests on real parts; whole deploys are `make e2e`
 
 lint: venv-dev  ## style, types, playbooks, shell
 	@.venv/bin/ruff check .
@@ -66,7 +69,7 @@ unit: venv-dev  ## decisions, without a host
 integration: venv-dev  ## real parts under a throw-away home
 	@.venv/bin/pytest -q tests/integration
 
-e2e: venv-dev  ## whole deploys by throw-away users, as root; without Dify where its source cannot be had
+e2e: venv-dev  ## whole deploys by throw-away users, as root, about an hour; without Dify where its source cannot be had
 	@.venv/bin/pytest -q -s tests/e2e
 
 bench-deploy: venv-dev  ## cold, cached and no-op deploys by a throw-away user, as root: times by step

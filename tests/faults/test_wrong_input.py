@@ -192,12 +192,15 @@ def test_lost_secrets(site: Site) -> None:
     data = site.folder / "kit-home" / "var" / "postgres"
     data.mkdir(parents=True)
     (data / "PG_VERSION").write_text("16\n")
+    runtime = site.folder / "kit-home" / "runtime"
+    runtime.mkdir()
+    (runtime / "state.json").write_text("{}\n")
     if os.geteuid() == 0:
         ordinary = [user for user in pwd.getpwall() if 1000 <= user.pw_uid < 60000 and user.pw_shell.endswith("sh")]
         if not ordinary:
             pytest.skip("no ordinary user here whom the data could belong to")
         site.settings |= {"kit_user": ordinary[0].pw_name, "kit_user_home": ordinary[0].pw_dir}
-        for path in (site.folder, site.folder / "kit-home", data.parent, data):
+        for path in (site.folder, site.folder / "kit-home", data.parent, data, runtime):
             shutil.chown(path, ordinary[0].pw_uid)
     site.settings["dify_mode"] = "skip"
     message = refused(site)

@@ -81,3 +81,16 @@ def test_the_file_is_its_owners_only_and_replaced_whole(tmp_path: Path) -> None:
     assert path.read_text() == "second"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_secrets_are_recovered_from_the_hosts_files() -> None:
+    text = "LOG_LEVEL='INFO'\nSECRET_KEY='a-b_c'\nDB_PASSWORD='it'\\''s'\nREDIS_PASSWORD=''\n"
+    assert kit_secrets.recover("api.env", text) == {
+        "kit_secret_dify_secret_key": "a-b_c",
+        "kit_secret_postgres": "it's",
+    }
+
+
+def test_all_but_the_admin_password_can_be_recovered() -> None:
+    recoverable = {name for names in kit_secrets.ON_HOST.values() for name in names.values()}
+    assert set(kit_secrets.SECRETS) - recoverable == {kit_secrets.ADMIN_PASSWORD}

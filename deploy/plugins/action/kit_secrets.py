@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ VAULT_HEADER = "$ANSIBLE_VAULT;"
 class ActionModule(ActionBase):
     """Writes O(path) where a secret is blank; returns which names it filled, never a value.
 
-    Arguments: ``path`` of the site's secrets file, ``hosts_with_data`` (names of hosts that hold a database).
+    Arguments: ``path`` of the site's secrets file, ``hosts_with_data`` (names of hosts that hold a database);
+    ``recover_from``: instead of generating, take the values from the env files below this kit_home on the host.
     """
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("path", "hosts_with_data"))
+    _VALID_ARGS = frozenset(("path", "hosts_with_data", "recover_from"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
@@ -35,6 +37,8 @@ class ActionModule(ActionBase):
         names = kit_secrets.blanks(known)
         if not names:
             return {"changed": False}
+        if self._task.args.get("recover_from"):
+            return self._recover(path, names, self._task.args["recover_from"], variables)
         lost = [name for name in names if name in kit_secrets.BOUND_TO_DATA]
         with_data = list(self._task.args.get("hosts_with_data") or [])
         if lost and with_data:
@@ -56,6 +60,33 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(render([problem], "Nothing was changed.")) from None
         return {"changed": True, "filled": names, "changed_files": [path.name]}
 
+    def _recover(self, path: Path, names: list[str], home: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Fill blanks with what the host's services were given."""
+        values: dict[str, str] = {}
+        for file_name in kit_secrets.ON_HOST:
+            source = f"{home}/etc/env/{file_name}"
+            read = self._execute_module("ansible.builtin.slurp", {"src": source}, task_vars=variables)
+            if not read.get("failed"):  # a host without Dify has no api.env
+                values |= kit_secrets.recover(file_name, base64.b64decode(read["content"]).decode())
+        values = {name: value for name, value in values.items() if name in names}
+        if not values:
+            problem = Problem(
+                "None of the missing secrets is on the host.",
+                f"{home}/etc/env",
+                "put the site's secrets.yml back from your copy.",
+            )
+            raise AnsibleActionFail(render([problem], "Nothing was changed."))
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text.startswith(VAULT_HEADER):
+            raise AnsibleActionFail(render([self._vaulted(path, names)], "Nothing was changed."))
+        if not self._task.check_mode:
+            kit_secrets.write(path, kit_secrets.fill(text, values))
+        notices = [f"recovered {name}" for name in values]
+        notices += [
+            f"{name} is not kept on the host: add it to {path} yourself" for name in names if name not in values
+        ]
+        return {"changed": True, "filled": list(values), "changed_files": [path.name], "kit_notice": notices}
+
     @staticmethod
     def _known(host: Any) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -73,7 +104,8 @@ class ActionModule(ActionBase):
             str(path),
             "one of these:\n"
             "- put the file back from your copy (and keep mode 0600)\n"
-            "- read the values from the services' own files on the host (etc/env/*.env): make recover-secrets\n"
+            "- take them from the services' files on the host: make recover-secrets (the first account's password "
+            "is not among them: put it into the file yourself)\n"
             '- if the data may go: make uninstall ARGS="-e kit_delete_data=yes"',
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import string
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,31 @@ HEADER = """\
 # Secrets of this site, made by `make deploy`; it fills in blanks and changes nothing that is here. Keep a copy: data on
 # the hosts cannot be used without them. Not in git; `ansible-vault encrypt` of this file is welcome.
 """
+#: Where a deployed host has them: file in etc/env -> its variable -> the site's name for it.
+ON_HOST = {
+    "api.env": {
+        "DB_PASSWORD": "kit_secret_postgres",
+        "INNER_API_KEY_FOR_PLUGIN": "kit_secret_inner_api_key",
+        "PLUGIN_DAEMON_KEY": "kit_secret_plugin_daemon_key",
+        "REDIS_PASSWORD": "kit_secret_redis",
+        "SECRET_KEY": "kit_secret_dify_secret_key",
+    },
+    "inference.env": {"VLLM_API_KEY": "kit_secret_inference_api_key"},
+    "postgres-admin.env": {"PGPASSWORD": "kit_secret_postgres_admin"},
+}
+
+
+def recover(file_name: str, text: str) -> dict[str, str]:
+    """The site's secrets in one of a host's env files (lines of KEY='value')."""
+    wanted = ON_HOST[file_name]
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, separator, value = line.partition("=")
+        if separator and key in wanted:
+            words = shlex.split(value)
+            if words and words[0]:
+                found[wanted[key]] = words[0]
+    return found
 
 
 def generate(name: str) -> str:
