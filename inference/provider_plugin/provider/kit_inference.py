@@ -1,7 +1,13 @@
 """The provider holds no credentials of its own: each model names its server."""
 
-from dify_plugin import OAICompatProvider
+from collections.abc import Mapping
+from typing import Any
+
+from dify_plugin import ModelProvider
 
 
-class KitInferenceProvider(OAICompatProvider):
+class KitInferenceProvider(ModelProvider):
     """Models of OpenAI-compatible servers."""
+
+    def validate_provider_credentials(self, credentials: Mapping[str, Any]) -> None:
+        """There is nothing to validate before a model is named."""

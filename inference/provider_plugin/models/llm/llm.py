@@ -3,8 +3,8 @@
 from collections.abc import Generator, Mapping
 from typing import Any
 
+import dify_plugin
 import requests
-from dify_plugin import OAICompatLargeLanguageModel
 from dify_plugin.entities.model import AIModelEntity, DefaultParameterName
 from dify_plugin.entities.model.llm import LLMResult, LLMResultChunk
 from dify_plugin.entities.model.message import PromptMessage, PromptMessageTool
@@ -13,7 +13,8 @@ from models.server import Facts, Server, ServerProblem
 from models.thinking import ThinkingMarks
 
 
-class KitLargeLanguageModel(OAICompatLargeLanguageModel):
+# Named by its module: the SDK takes every model class among this file's names for one of the plugin's.
+class KitLargeLanguageModel(dify_plugin.OAICompatLargeLanguageModel):
     """The SDK's OpenAI-compatible model, with its settings read from the server instead of asked from people."""
 
     def validate_credentials(self, model: str, credentials: Mapping[str, Any]) -> None:
