@@ -9,6 +9,7 @@ import pwd
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -511,6 +512,9 @@ def test_temporary_folders_are_writable(findings: Findings, me: Account) -> None
 
 # --- Python ---------------------------------------------------------------------------------------
 
+has_headers = pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="this Python lacks its headers"
+)
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
@@ -518,6 +522,7 @@ def python(path: str = "", version: str = OWN, download: str = "") -> dict[str, 
     return {"version": version, "path": path, "download": download}
 
 
+@has_headers
 def test_a_python_that_the_site_names(findings: Findings, me: Account) -> None:
     kit_preflight.check_python(findings, me, python(sys.executable), ENVIRONMENT)
     assert findings.problems == []
@@ -531,6 +536,7 @@ def test_a_python_of_another_version(findings: Findings, me: Account) -> None:
     assert "runtime_python: the path of a python3.99" in problem.remedy
 
 
+@has_headers
 def test_a_python_on_the_path(findings: Findings, me: Account, tmp_path: Path) -> None:
     (tmp_path / f"python{OWN}").symlink_to(sys.executable)
     tmp_path.chmod(0o755)

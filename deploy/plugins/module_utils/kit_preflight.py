@@ -675,7 +675,7 @@ def check_python(
         f"{account.name} has no Python {version} on the host: {'; '.join(reasons) or 'none was found'}.",
         "runtime_python" if named else f"{name} on the PATH, in {account.home}; GitHub",
         "one of these:\n"
-        f"- let an administrator install the system's package: apt-get install {name} (where it exists)\n"
+        f"- let an administrator install the system's package: apt-get install {name}-dev (where it exists)\n"
         "- let the host reach GitHub, or set runtime_python_mirror to a mirror of python-build-standalone\n"
         f"- runtime_python: the path of a {name} that {account.name} may read",
     )
@@ -683,15 +683,20 @@ def check_python(
 
 def _useless(account: Account, command: str, version: str, environment: Mapping[str, str]) -> str:
     """Why an interpreter is of no use to a user; empty when it is fine."""
-    code = "import ssl, sqlite3, sys; print('%d.%d' % sys.version_info[:2])"
+    code = (
+        "import os, ssl, sqlite3, sys, sysconfig; print('%d.%d' % sys.version_info[:2], "
+        "os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))"
+    )
     try:
         done = account.run([command, "-I", "-c", code], environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command}: {getattr(error, 'strerror', None) or 'does not answer'}"
     if done.returncode:
         return f"{command}: {(done.stderr.strip().splitlines() or ['fails'])[-1]}"
-    found = done.stdout.strip()
-    return "" if found == version else f"{command}: is Python {found}"
+    found, headers = done.stdout.split()
+    if found != version:
+        return f"{command}: is Python {found}"
+    return "" if headers == "True" else f"{command}: lacks its headers (Python.h)"
 
 
 def _server_time(header: str | None) -> float | None:
