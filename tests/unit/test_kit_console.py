@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ansible.module_utils.kit_console import Console, ConsoleError, Service
 from ansible.module_utils.kit_openai import choose, served_models
-from ansible.modules.kit_dify_console import Workspace
+from ansible.modules.kit_dify_console import Workspace, summary
 
 PASSWORD = "correct-horse-1"
 PROVIDER = "dify-kit/kit_inference/kit_inference"
@@ -234,6 +234,8 @@ def test_first_run_sets_up_everything_and_the_second_writes_nothing(
     dify.calls.clear()
     second = deploy()
     assert (second.changes, dify.writes(), second.result["context"]) == ([], [], 8192)
+    told = "\n".join(summary({**second.want, "summary": ["Dify: x"]}, second.result))
+    assert all(part in told for part in ("Dify: x", "smol at", "8192 tokens, text only", "sample-app.env"))
 
 
 def test_no_secret_in_state_or_diff(deploy: Callable[..., Workspace], tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ options:
   app: {type: dict, required: true, description: "A chat app's description (Dify DSL); the model is filled in."}
   state_file: {type: path, required: true, description: "Fingerprints and ids of what was set. Mode 0600."}
   key_file: {type: path, required: true, description: "Receives DIFY_APP_KEY. Mode 0600."}
+  summary: {type: list, elements: str, default: [], description: "Lines for the summary, before the module's own."}
 author: [Dify deployment kit]
 """
 
@@ -71,6 +72,16 @@ def digest(*parts: str) -> str:
     """A fingerprint from which a secret cannot be read; slow on purpose, as people choose passwords."""
     text = json.dumps(parts).encode()
     return hashlib.scrypt(text, salt=b"dify-kit", n=2**12, r=8, p=1, dklen=32).hex()
+
+
+def summary(want: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """What people want to know of a workspace that is ready."""
+    sees = "sees images" if result.get("vision") else "text only"
+    return [
+        *want["summary"],
+        f"Model in Dify: {result['model']} at {want['model']['endpoint']}, context {result['context']} tokens, {sees}",
+        f"Sample app: {want['app']['app']['name']}; its key for programs: {want['key_file']}",
+    ]
 
 
 class Workspace:
@@ -362,6 +373,7 @@ def main() -> None:
             "app": {"type": "dict", "required": True},
             "state_file": {"type": "path", "required": True},
             "key_file": {"type": "path", "required": True, "no_log": False},
+            "summary": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
@@ -381,7 +393,8 @@ def main() -> None:
         ]
     if "msg" in outcome:
         module.fail_json(**outcome)
-    module.exit_json(**outcome, **workspace.result, kit_notice=workspace.notices)
+    lines = summary(module.params, workspace.result) if "app_id" in workspace.result else []
+    module.exit_json(**outcome, **workspace.result, kit_notice=workspace.notices, kit_summary=lines)
 
 
 if __name__ == "__main__":
