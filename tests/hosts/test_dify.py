@@ -42,6 +42,7 @@ def test_plugin_daemon_lists_the_provider(kit: KitHost) -> None:
     assert answer["plugins"], f"no plugin is installed ({answer['message']}). Run `make deploy`."
 
 
+@pytest.mark.deep  # the streamed one below is as good a proof, and a deploy has just asked in one piece itself
 @pytest.mark.service("api")
 def test_question_is_answered(kit: KitHost) -> None:
     answer = kit.probe("ask", url=kit.url, question=QUESTION)

@@ -58,7 +58,7 @@ def make_key(module: AnsibleModule) -> list[str]:
             key.parent,
             Path(module.params["home"]) / "var/log/migrate.log",
         )
-        for suffix, target, mode in ((".private.pem", private, 0o600), (".public.pem", public, 0o644)):
+        for suffix, target, mode in ((".private.pem", private, 0o600), (".public.pem", public, 0o600)):
             half = aside.with_name(aside.name + suffix)
             half.chmod(mode)
             half.replace(target)
