@@ -58,6 +58,8 @@ def site_state(folder: Path) -> dict[str, Any]:
 def environment(run_file: str | None = None) -> dict[str, str]:
     """The caller's environment, made fit for Ansible."""
     env = {**os.environ, "ANSIBLE_CONFIG": str(DEPLOY / "ansible.cfg"), "ANSIBLE_HOME": str(ROOT / ".cache/ansible")}
+    # Else a pipe or a log gets no line before some thousand are there: progress would show when all is over.
+    env["PYTHONUNBUFFERED"] = "1"
     # Ansible refuses to start in a locale that is not UTF-8.
     env.setdefault("LC_ALL", "C.UTF-8")
     if run_file:

@@ -70,7 +70,8 @@ class CallbackModule(CallbackBase):
 
     # --- steps and tasks ------------------------------------------------------------------------
     def v2_playbook_on_task_start(self, task: Any, is_conditional: bool) -> None:
-        step = task._role.get_name() if task._role else "site"
+        # The builds of all roles run as one task outside them.
+        step = task._role.get_name() if task._role else "builds" if task.action == "kit_jobs" else "site"
         now = time.monotonic()
         if not self.steps or self.steps[-1]["name"] != step:
             self._close_step(now)
