@@ -53,7 +53,7 @@ inference-lock: venv  ## rewrite the model engine's lock from inference/locks/cp
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
 	  --custom-compile-command "make inference-lock" --output-file inference/locks/cpu.txt $(ARGS)
 
-test: lint unit integration  ## the kit's own tests on real parts; whole deploys are `make e2e`
+test: lint unit integration e2e  ## the kit's own tests; the end-to-end ones need root and about an hour
 
 lint: venv-dev  ## style, types, playbooks, shell
 	@.venv/bin/ruff check .
@@ -69,7 +69,7 @@ unit: venv-dev  ## decisions, without a host
 integration: venv-dev  ## real parts under a throw-away home
 	@.venv/bin/pytest -q tests/integration
 
-e2e: venv-dev  ## whole deploys by throw-away users, as root, about an hour; without Dify where its source cannot be had
+e2e: venv-dev  ## whole deploys by throw-away users, as root; without Dify where its source cannot be had
 	@.venv/bin/pytest -q -s tests/e2e
 
 bench-deploy: venv-dev  ## cold, cached and no-op deploys by a throw-away user, as root: times by step
