@@ -193,14 +193,17 @@ def schema(home: str, port: int) -> dict[str, Any]:
 def redis(home: str, port: int) -> dict[str, Any]:
     """What Redis says with the password and without."""
     from redis import Redis
+    from redis.backoff import NoBackoff
     from redis.exceptions import AuthenticationError
+    from redis.retry import Retry
 
     with Redis(
         port=port, password=env(home, "redis")["REDIS_PASSWORD"], socket_timeout=5, decode_responses=True
     ) as client:
         pong, persistence = client.ping(), client.info("persistence")
     try:
-        with Redis(port=port, socket_timeout=5) as stranger:
+        # A refusal counts as a connection error for the library, which would try again for seconds.
+        with Redis(port=port, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as stranger:
             stranger.ping()
         refused = False
     except AuthenticationError:
