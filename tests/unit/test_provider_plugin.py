@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from models.server import FRESH_SECONDS, Facts, Server, ServerProblem
-from models.thinking import ThinkingMarks
+from models.thinking import ThinkingMarks, without_thoughts
 
 PLUGIN = Path(__file__).resolve().parents[2] / "inference" / "provider_plugin"
 
@@ -21,7 +21,8 @@ class Model:
     """An OpenAI-compatible server with one model whose abilities a test sets."""
 
     def __init__(self) -> None:
-        self.sees, self.tools, self.context, self.root, self.refusal = False, False, 8192, "v1", 400
+        self.images, self.tools, self.context, self.root, self.refusal = 0, False, 8192, "v1", 400
+        self.tells_limit = True
         self.trials = 0
         model = self
 
@@ -33,9 +34,10 @@ class Model:
             def do_POST(self) -> None:
                 model.trials += 1
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                image = not isinstance(body["messages"][0]["content"], str)
-                refused = (image and not model.sees) or ("tools" in body and not model.tools)
-                self.answer(model.refusal if refused else 200, {})
+                images = len(body["messages"][0]["content"]) - 1 if "tools" not in body else 0
+                refused = images > model.images or ("tools" in body and not model.tools)
+                said = f"At most {model.images} image(s) may be provided" if model.tells_limit else "too long"
+                self.answer(model.refusal if refused else 200, {"error": said} if refused else {})
 
             def answer(self, status: int, value: Any) -> None:
                 said = json.dumps(value).encode()
@@ -65,24 +67,29 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Model]:
     served.stop()
 
 
-@pytest.mark.parametrize(("sees", "tools"), [(True, False), (False, True), (True, True)])
-def test_abilities_are_tried(model: Model, sees: bool, tools: bool) -> None:
-    model.sees, model.tools = sees, tools
-    assert Server(model.url).facts("m") == Facts(8192, sees, tools, "v1")
+@pytest.mark.parametrize(("images", "tools"), [(10, False), (0, True), (4, True), (1, False)])
+def test_abilities_are_tried(model: Model, images: int, tools: bool) -> None:
+    model.images, model.tools = images, tools
+    assert Server(model.url).facts("m") == Facts(8192, images, tools, "v1")
+
+
+def test_a_limit_that_is_not_told_is_found_by_trying(model: Model) -> None:
+    model.images, model.tells_limit = 4, False
+    assert Server(model.url).facts("m").images == 2
 
 
 def test_asks_once_until_the_weights_change(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(f"{model.url}/v1")
     server.facts("m")
-    model.context, model.sees = 4096, True
+    model.context, model.images = 4096, 10
     assert server.facts("m").context == 8192
-    assert model.trials == 2
+    tried = model.trials
     # Later the list is read again, and nothing tried for the same weights.
     monkeypatch.setattr("models.server.FRESH_SECONDS", -FRESH_SECONDS)
-    assert server.facts("m") == Facts(4096, False, False, "v1")
+    assert server.facts("m") == Facts(4096, 0, False, "v1")
+    assert model.trials == tried
     model.root = "v2"
-    assert server.facts("m").vision
-    assert model.trials == 4
+    assert server.facts("m").images == 10
 
 
 def test_a_silent_server_is_remembered_but_not_validated(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,13 +123,19 @@ def test_an_endpoint_that_is_none(endpoint: str) -> None:
         ("◁think▷Hm.◁/think▷Paris.", "<think>Hm.</think>Paris."),
         ("a ◁ b, ◁thin", "a ◁ b, ◁thin"),
         ("plain", "plain"),
-        ("◁◁think▷x", "◁<think>x"),
+        ("◁◁think▷x", "◁<think>x</think>"),
+        ("◁think▷cut of", "<think>cut of</think>"),
     ],
 )
 def test_marks_are_translated_wherever_they_are_cut(text: str, expected: str, size: int) -> None:
     marks = ThinkingMarks()
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     assert "".join(map(marks.feed, pieces)) + marks.flush() == expected
+
+
+def test_earlier_thoughts_are_left_out() -> None:
+    assert without_thoughts("<think>\nHm,\nhm.\n</think>\n\nYes. <think>a</think>No.") == "Yes. No."
+    assert without_thoughts("<think>never ended") == "<think>never ended"
 
 
 def test_every_file_that_the_manifest_names_exists() -> None:

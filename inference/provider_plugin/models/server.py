@@ -1,11 +1,12 @@
 """What an OpenAI-compatible server says about a model: context size, images, tools.
 
-The server's list of models (`GET /v1/models`) tells the context size where the server is vLLM. What a model accepts
-is in no list, so it is tried with a one-token request: a server that cannot read images or tools refuses it (400).
+Most servers' lists of models (`GET /v1/models`) tell the context size. What a model accepts is in no list, so it is
+tried with one-token requests: a server that cannot read images, so many of them, or tools refuses (400).
 """
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +20,12 @@ LIST_TIMEOUT = (5, 15)
 TRIAL_TIMEOUT = (5, 120)
 # These say nothing about the model.
 BUSY = (408, 429, 502, 503, 504)
-# How long an answer counts without asking again, in seconds.
-FRESH_SECONDS = 300.0
+# How long an answer counts without reading the list again, and without trying again, in seconds.
+FRESH_SECONDS, TRIED_SECONDS = 300.0, 3600.0
+# The context size's name in the lists of vLLM and SGLang, OpenRouter and Together, Groq, Mistral.
+CONTEXT_NAMES = ("max_model_len", "context_length", "context_window", "max_context_length")
+# As many as Dify lets people send with one question unless its settings are changed.
+MOST_IMAGES = 10
 # A grey square of 56 x 56 pixels: the smallest side that Kimi-VL, Qwen-VL and their kind take is 28.
 SQUARE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4CAAAAACN7WTCAAAAJElEQVR42u3LMQ0AAAwDoEqv9FpYdsNP+hRR"
@@ -33,15 +38,22 @@ TOOL = {
 
 
 class ServerProblem(Exception):
-    """The server cannot be used as it is; the text says why and what to do."""
+    """The server cannot be used as it is; the text says why and what to do, `status` is HTTP's (0: no answer)."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a server says about one of its models. `context` is None where the server doesn't tell (tokens)."""
+    """What a server says about one of its models. `context` is None where the server doesn't tell (tokens).
+
+    `images`: how many it takes with one question, as far as Dify can send them; 0 where the model doesn't see.
+    """
 
     context: int | None
-    vision: bool
+    images: int
     tools: bool
     weights: str = ""
 
@@ -51,7 +63,7 @@ class Server:
 
     # Answers of this process by endpoint, key and model, and those of earlier ones: a model is not gone from Dify's
     # lists because its server is starting. The file lies in the plugin's folder, which outlives the process.
-    _known: ClassVar[dict[tuple[str, str, str], tuple[float, Facts]]] = {}
+    _known: ClassVar[dict[tuple[str, str, str], tuple[float, float, Facts]]] = {}
     memory: ClassVar[Path] = Path("learnt.json")
 
     def __init__(self, endpoint: str, api_key: str = "") -> None:
@@ -68,20 +80,17 @@ class Server:
         Raises ServerProblem where the server doesn't answer and never did, refuses the key or lacks the model.
         """
         key = (self.endpoint, self.api_key, model)
-        asked, known = self._known.get(key, (0.0, None))
+        asked, tried, known = self._known.get(key, (0.0, 0.0, None))
         if known and not anew and time.monotonic() - asked < FRESH_SECONDS:
             return known
         try:
             context, weights = self._listed(model)
-            if known and not anew and known.weights == weights:
-                facts = Facts(context, known.vision, known.tools, weights)
+            if known and not anew and known.weights == weights and time.monotonic() - tried < TRIED_SECONDS:
+                facts = Facts(context, known.images, known.tools, weights)
             else:
-                facts = Facts(
-                    context,
-                    vision=self._takes(model, [{"type": "image_url", "image_url": {"url": SQUARE}}]),
-                    tools=self._takes(model, [], tools=[TOOL], tool_choice="auto"),
-                    weights=weights,
-                )
+                tools = self._refusal(model, tools=[TOOL], tool_choice="auto") is None
+                facts = Facts(context, self._images(model), tools, weights)
+                tried = time.monotonic()
         except requests.RequestException as error:
             remembered = known or self._recall(model)
             if anew or remembered is None:
@@ -93,7 +102,7 @@ class Server:
                     f"{self.endpoint} does not answer: {reason}. Start the model server, or correct the endpoint."
                 ) from error
             return remembered
-        self._known[key] = (time.monotonic(), facts)
+        self._known[key] = (time.monotonic(), tried, facts)
         self._remember(model, facts)
         return facts
 
@@ -103,31 +112,49 @@ class Server:
     def _listed(self, model: str) -> tuple[int | None, str]:
         """Context size and weights of `model` as `GET /v1/models` has them."""
         response = requests.get(f"{self.endpoint}/models", headers=self._headers(), timeout=LIST_TIMEOUT)
-        if response.status_code in (401, 403):
-            raise ServerProblem(f"{self.endpoint} refuses the API key (status {response.status_code}). Enter its key.")
+        status = response.status_code
+        if status in (401, 403):
+            raise ServerProblem(f"{self.endpoint} refuses the API key (status {status}). Enter its key.", status)
+        if status in BUSY:
+            response.raise_for_status()
         try:
             response.raise_for_status()
             entries = {str(entry["id"]): entry for entry in response.json()["data"]}
         except (requests.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ServerProblem(
-                f"{self.endpoint}/models gives no list of models (status {response.status_code}: "
-                f"{response.text[:200]!r}). The endpoint must be an OpenAI-compatible server's, usually ending in /v1."
+                f"{self.endpoint}/models gives no list of models (status {status}: {response.text[:200]!r}). "
+                "The endpoint must be an OpenAI-compatible server's, usually ending in /v1.",
+                status,
             ) from error
         if model not in entries:
-            raise ServerProblem(f"{self.endpoint} does not serve {model!r}. It serves: {', '.join(entries) or 'none'}.")
+            served = ", ".join(entries) or "none"
+            raise ServerProblem(f"{self.endpoint} does not serve {model!r}. It serves: {served}.", 404)
         entry = entries[model]
-        context = entry.get("max_model_len")
-        return (int(context) if context else None), str(entry.get("root") or "")
+        context = next((int(entry[name]) for name in CONTEXT_NAMES if entry.get(name)), None)
+        return context, str(entry.get("root") or "")
 
-    def _takes(self, model: str, parts: list[dict[str, Any]], **options: Any) -> bool:
-        """Whether a one-token request with these parts and options is served rather than refused."""
-        content = [*parts, {"type": "text", "text": "ping"}] if parts else "ping"
+    def _images(self, model: str) -> int:
+        """How many images one question may hold: as many as are served, beginning with the most that Dify sends."""
+        count = MOST_IMAGES
+        while count:
+            refusal = self._refusal(model, images=count)
+            if refusal is None:
+                return count
+            # vLLM tells its limit; other refusals may be about the context or about seeing at all.
+            told = re.search(r"at most (\d+) image", refusal, re.IGNORECASE)
+            count = min(int(told[1]), count - 1) if told else count // 2
+        return 0
+
+    def _refusal(self, model: str, images: int = 0, **options: Any) -> str | None:
+        """Why a one-token request with so many images and these options is refused; None where it is served."""
+        picture = {"type": "image_url", "image_url": {"url": SQUARE}}
+        content = [picture] * images + [{"type": "text", "text": "ping"}] if images else "ping"
         body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": content}], **options}
         url = f"{self.endpoint}/chat/completions"
         response = requests.post(url, json=body, headers=self._headers(), timeout=TRIAL_TIMEOUT)
         if response.status_code in BUSY:
             response.raise_for_status()
-        return bool(response.ok)
+        return None if response.ok else response.text
 
     def _recall(self, model: str) -> Facts | None:
         try:
