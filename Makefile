@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev deploy check status logs restart start stop debug recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy
+.PHONY: help venv venv-dev deploy check status logs restart start stop debug metrics recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ stop: venv  ## stop all services, gracefully; data stays
 
 debug: venv  ## SERVICE=api under a debugger to attach to
 	@$(KIT) host debug $(SERVICE)
+
+metrics: venv  ## what Prometheus can scrape, as a file for its file_sd_configs; dashboard: deploy/dashboards
+	@$(KIT) metrics
 
 recover-secrets: venv  ## a site that lost its secrets.yml: take them from its host's files
 	@$(KIT) play recover_secrets $(ARGS)

@@ -147,11 +147,45 @@ def on_hosts(folder: Path, arguments: list[str]) -> int:
     return worst
 
 
+def targets(site: str, state: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """What Prometheus can scrape of a site, as its file_sd_configs want it, and what has to be known about it.
+
+    Raises:
+        SystemExit: the last deploy was an older kit's.
+    """
+    found, notes = [], []
+    for name, host in state["hosts"].items():
+        near = []
+        if "metrics" not in host:
+            fail(f"{name} was deployed by a kit that did not note this yet.\nRemedy: make deploy")
+        for entry in host["metrics"]:
+            bind = entry.get("bind", "127.0.0.1")
+            open_to_others = not bind.startswith("127.")
+            address = host["address"] if open_to_others and host["connection"] != "local" else "127.0.0.1"
+            labels = {"job": entry["job"], "site": site, "host": name}
+            if "path" in entry:
+                labels["__metrics_path__"] = entry["path"]
+            found.append({"targets": [f"{address}:{entry['port']}"], "labels": labels})
+            if not open_to_others:
+                near.append(f"{entry['job']} ({entry['port']})")
+        if near:
+            notes.append(f"Only on {name} itself can be scraped: {', '.join(near)}. Run Prometheus or an agent there.")
+    return found, notes
+
+
+def metrics(site: str, folder: Path) -> int:
+    """Print the targets, and on stderr what has to be known about them."""
+    found, notes = targets(site, site_state(folder))
+    print(json.dumps(found, indent=2))
+    print("\n".join(notes), file=sys.stderr)
+    return 0
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--site", default="local", help="folder name below deploy/inventories")
-    parser.add_argument("verb", choices=["deploy", "check", "play", "host"])
+    parser.add_argument("verb", choices=["deploy", "check", "metrics", "play", "host"])
     options, arguments = parser.parse_known_args()
     folder = inventory(options.site)
     try:
@@ -159,6 +193,8 @@ def main() -> int:
             return deploy(folder, arguments)
         if options.verb == "check":
             return checks(folder, arguments)
+        if options.verb == "metrics":
+            return metrics(options.site, folder)
         if options.verb == "play":
             status, _run = playbook(folder, arguments[0], arguments[1:])
             return MEND if status else 0

@@ -242,6 +242,15 @@ class Http:
                 yield time.monotonic(), json.loads(line[6:])
 
 
+def figures(home: str, url: str) -> list[str]:
+    """Names of the metrics that Prometheus would find at `url`; none where it finds nothing."""
+    try:
+        answer = Http("GET", url, timeout=10)
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"^([A-Za-z_:][\w:]*)[ {]", answer.text(), re.M))) if answer.status == 200 else []
+
+
 def page(home: str, url: str) -> dict[str, Any]:
     """What a browser gets at `url`: the page after redirects, and one script that it names."""
     answer = Http("GET", url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,18 @@ PLUGINS = REPO / "deploy" / "plugins"
 # As in tests/unit: the kit's modules under the names by which Ansible runs them.
 ansible.module_utils.__path__.append(str(PLUGINS / "module_utils"))
 ansible.modules.__path__.append(str(PLUGINS / "modules"))
+
+
+def missing(asked: dict[str, set[str]], text: str) -> list[str]:
+    """Which metrics (name and labels) are not in a target's figures, the text that Prometheus scrapes."""
+    lines = text.splitlines()
+    return [
+        f"{name} by {sorted(labels)}"
+        for name, labels in sorted(asked.items())
+        if not any(
+            re.match(rf"{name}[ {{]", line) and labels <= set(re.findall(r'[{,](\w+)="', line)) for line in lines
+        )
+    ]
 
 
 class Home:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dashboard
 import pytest
 import yaml
 from jinja2 import Environment
 
-from .conftest import REPO, Home
+from .conftest import REPO, Home, missing
 
 ROLE = REPO / "roles" / "gateway"
 
@@ -80,11 +81,13 @@ class Gateway:
     """A running Caddy with the role's template and defaults."""
 
     def __init__(self, home: Home, **settings: Any) -> None:
-        with socket.socket() as sock:
+        with socket.socket() as sock, socket.socket() as other:
             sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+            other.bind(("127.0.0.1", 0))
+            self.port, self.metrics_port = int(sock.getsockname()[1]), int(other.getsockname()[1])
         variables = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
-        variables |= {"kit_home": str(home.root), "gateway_port": self.port, **settings}
+        variables |= {"kit_home": str(home.root), "gateway_port": self.port, "gateway_metrics_port": self.metrics_port}
+        variables |= settings
         self.file = home.root / "etc" / "Caddyfile"
         self.file.write_text(render(variables))
         self.log = home.root / "var" / "log" / "gateway.log"
@@ -241,6 +244,18 @@ def test_uploads_up_to_the_limit(home: Home, dify: dict[str, Upstream]) -> None:
 
         assert upload(2 * mebibyte + 4096) == 200  # the largest file in its form
         assert upload(4 * mebibyte) == 413
+
+
+def test_has_the_figures_that_the_dashboard_asks_for(gateway: Gateway) -> None:
+    for path in ("/v1/x", "/", "/e/x"):
+        gateway.ask(path)
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.metrics_port, timeout=30)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    assert missing(dashboard.asked(dashboard.ROWS["Gateway (Caddy)"]), text) == []
+    # Not through the door for people.
+    assert "caddy_http" not in gateway.get("/metrics")[1]
 
 
 def test_a_part_that_is_down_is_explained_and_the_log_keeps_secrets(
