@@ -159,11 +159,11 @@ def targets(site: str, state: dict[str, Any]) -> tuple[list[dict[str, Any]], lis
         if "metrics" not in host:
             fail(f"{name} was deployed by a kit that did not note this yet.\nRemedy: make deploy")
         for entry in host["metrics"]:
-            bind = entry.get("bind", "127.0.0.1")
+            bind = entry["bind"]
             open_to_others = not bind.startswith("127.")
             address = host["address"] if open_to_others and host["connection"] != "local" else "127.0.0.1"
             labels = {"job": entry["job"], "site": site, "host": name}
-            if "path" in entry:
+            if entry["path"] != "/metrics":
                 labels["__metrics_path__"] = entry["path"]
             found.append({"targets": [f"{address}:{entry['port']}"], "labels": labels})
             if not open_to_others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from inference import catalog, engine, probe
 from inference.install import install
 from inference.problem import Problem
+from inference.scale import Node
 from inference.weights import prepare
 
 
@@ -42,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--max-num-seqs", type=int, default=0)
     one.add_argument("--kv-cache-gib", type=int, default=0)
     one.add_argument("--stop-seconds", type=int, default=30, help="time for running answers after SIGTERM")
+    one.add_argument("--replica", default="1/1", help="which engine of how many on this host, as 1/2")
+    one.add_argument("--node", type=json.loads, help="this host's part of an engine across hosts, inference.scale.Node")
     one.add_argument("--print", action="store_true", help="only show environment and command line")
 
     one = commands.add_parser("ready", help="ask the model one question, with the key in VLLM_API_KEY")
@@ -51,6 +55,19 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("models", help="list the catalog")
     return top
+
+
+def replica(text: str) -> tuple[int, int]:
+    """``"1/2"`` -> ``(1, 2)``.
+
+    Raises:
+        Problem: it is something else.
+    """
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise Problem(f"--replica is {text!r}. Remedy: which engine of how many, as 1/2.") from None
+    return index, count
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,6 +99,8 @@ def run(options: argparse.Namespace) -> None:
                 max_num_seqs=options.max_num_seqs,
                 kv_cache_gib=options.kv_cache_gib,
                 stop_seconds=options.stop_seconds,
+                replica=replica(options.replica),
+                node=Node(**options.node) if options.node else None,
             )
             if options.print:
                 for name, value in engine.environment(model, settings).items():

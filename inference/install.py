@@ -1,4 +1,4 @@
-"""The engine's virtual environment: exactly the lock, every file by its hash. Standard library only."""
+"""The engine's or the router's virtual environment: exactly the lock, every file by its hash. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ WARM_UP = (
     "vllm.v1.attention.backends.cpu_attn",
     "transformers.modeling_gguf_pytorch_utils",
 )
+ROUTER_WARM_UP = ("vllm_router.router",)
 
 
 def install(lock: Path, venv: Path, uv: str, python: str) -> None:
@@ -31,7 +32,7 @@ def install(lock: Path, venv: Path, uv: str, python: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     interpreter = str(venv / "bin" / "python")
     _run([uv, "venv", "--quiet", "--no-config", "--clear", "--python", python, str(venv)], environment, "uv venv")
-    print("installing the engine's packages", flush=True)
+    print(f"installing the packages of {lock.name}", flush=True)
     _run(
         [
             uv,
@@ -46,13 +47,14 @@ def install(lock: Path, venv: Path, uv: str, python: str) -> None:
             str(lock),
         ],
         environment,
-        "installing the engine's packages",
+        f"installing the packages of {lock.name}",
     )
-    print("compiling what the engine imports", flush=True)
+    modules = ROUTER_WARM_UP if lock.stem == "router" else WARM_UP
+    print("compiling what it imports", flush=True)
     _run(
-        [interpreter, "-c", "import importlib\nfor name in " + repr(WARM_UP) + ": importlib.import_module(name)"],
+        [interpreter, "-c", "import importlib\nfor name in " + repr(modules) + ": importlib.import_module(name)"],
         environment | {"CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"},
-        "importing the engine",
+        "importing what was installed",
     )
     # `python -m inference` in this environment, from whatever folder it is called.
     for site_packages in venv.glob("lib/python3*/site-packages"):

@@ -19,15 +19,6 @@ BACKENDS = ("mp", "ray")
 
 
 @dataclass(frozen=True)
-class Replica:
-    """One of several engines on a host. ``environment`` gives it its share of the machine."""
-
-    name: str
-    port: int
-    environment: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Interface:
     """A host's network interface. ``network`` as ``10.0.0.0/24``; ``mbit`` is the link's speed, 0 if unknown."""
 
@@ -66,21 +57,21 @@ class Node:
     backend: str = "mp"
 
 
-def replicas(count: int, gpus: int, cores: Sequence[int], tensor_parallel: int, first_port: int) -> list[Replica]:
-    """``count`` engines on one host.
+def share(index: int, count: int, gpus: int, cores: Sequence[int], tensor_parallel: int = 1) -> dict[str, str]:
+    """The environment that gives one of ``count`` engines on a host its share of it.
 
     Args:
-        count: engines; 1 is no replication, and gives one engine all there is.
+        index: which engine, from 1.
+        count: how many there are; a single one gets all there is.
         gpus: GPUs of the host; 0 for vLLM's CPU build.
         cores: the processor cores that the kit may use, by number; shared out on the CPU build only.
         tensor_parallel: GPUs that one engine needs.
-        first_port: port of the first engine; the others follow.
 
     Raises:
         Problem: the host has too few GPUs or cores.
     """
-    if count < 1:
-        raise Problem(f"inference_replicas is {count}. Remedy: 1 or more.")
+    if not 1 <= index <= count:
+        raise Problem(f"There is no engine {index} of {count}. Remedy: inference_replicas must be 1 or more.")
     if gpus and count * tensor_parallel > gpus:
         raise Problem(
             f"{count} replicas with {tensor_parallel} GPUs each need {count * tensor_parallel}, this host has {gpus}. "
@@ -91,24 +82,15 @@ def replicas(count: int, gpus: int, cores: Sequence[int], tensor_parallel: int, 
             f"{count} replicas need a processor core each, the kit may use {len(cores)} here. "
             f"Remedy: inference_replicas: {len(cores)} or less."
         )
-    found = []
-    for index in range(count):
-        if gpus:
-            first = index * tensor_parallel
-            share = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + tensor_parallel)))}
-        elif count > 1:
-            # Left alone, each engine pins its threads to the same cores as its neighbours.
-            share = {"VLLM_CPU_OMP_THREADS_BIND": ranges(_share(cores, index, count))}
-        else:
-            share = {}
-        found.append(Replica(f"inference-{index + 1}" if count > 1 else "inference", first_port + index, share))
-    return found
-
-
-def _share(cores: Sequence[int], index: int, count: int) -> list[int]:
-    """Neighbouring cores; they share caches."""
+    if gpus:
+        first = (index - 1) * tensor_parallel
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + tensor_parallel)))}
+    if count == 1:
+        return {}
+    # Left alone, each engine pins its threads to the same cores as its neighbours. Cores side by side share caches.
     ordered = sorted(cores)
-    return ordered[index * len(ordered) // count : (index + 1) * len(ordered) // count]
+    own = ordered[(index - 1) * len(ordered) // count : index * len(ordered) // count]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ranges(own)}
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -17,8 +17,8 @@ AFTER_AN_EVENT = {"vllm_router_retries_total"}
 def test_every_target_has_what_the_dashboard_shows(kit: KitHost) -> None:
     assert kit.facts["metrics"]
     for target in kit.facts["metrics"]:
-        address = target.get("bind", "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
-        url = f"http://{address}:{target['port']}{target.get('path', '/metrics')}"
+        address = target["bind"].replace("0.0.0.0", "127.0.0.1")
+        url = f"http://{address}:{target['port']}{target['path']}"
         lacking = set(dashboard.asked(dashboard.ROWS[ROWS[target["job"]]])) - AFTER_AN_EVENT
         lacking -= set(kit.probe("figures", url=url))
         assert not lacking, f"{url} lacks {sorted(lacking)}. Read `make logs`, then `make deploy`."

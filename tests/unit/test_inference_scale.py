@@ -41,9 +41,8 @@ def host(name: str, last: int, gpus: int = 8, *, infiniband: bool = True) -> Hos
     ],
 )
 def test_replicas_have_gpus_of_their_own(count: int, gpus: int, tensor_parallel: int, shares: list[str]) -> None:
-    found = scale.replicas(count, gpus, range(64), tensor_parallel, 17820)
-    assert [replica.environment for replica in found] == [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
-    assert [replica.port for replica in found] == list(range(17820, 17820 + count))
+    found = [scale.share(index + 1, count, gpus, range(64), tensor_parallel) for index in range(count)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
 
 
 @pytest.mark.parametrize(
@@ -56,27 +55,27 @@ def test_replicas_have_gpus_of_their_own(count: int, gpus: int, tensor_parallel:
     ],
 )
 def test_replicas_on_a_processor_share_its_cores(count: int, cores: list[int], shares: list[str]) -> None:
-    found = scale.replicas(count, 0, cores, 1, 17820)
-    assert [replica.environment["VLLM_CPU_OMP_THREADS_BIND"] for replica in found] == shares
-    assert [replica.name for replica in found] == [f"inference-{n + 1}" for n in range(count)]
+    found = [scale.share(index + 1, count, 0, cores) for index in range(count)]
+    assert found == [{"VLLM_CPU_OMP_THREADS_BIND": share} for share in shares]
 
 
-def test_a_single_engine_keeps_its_name_and_the_whole_processor() -> None:
-    assert scale.replicas(1, 0, range(8), 1, 17820) == [scale.Replica("inference", 17820, {})]
+def test_a_single_engine_keeps_the_whole_processor() -> None:
+    assert scale.share(1, 1, 0, range(8)) == {}
 
 
 @pytest.mark.parametrize(
-    ("count", "gpus", "cores", "tensor_parallel", "says"),
+    ("index", "count", "gpus", "cores", "tensor_parallel", "says"),
     [
-        (3, 8, 64, 4, "inference_replicas: 2"),
-        (2, 1, 64, 1, "inference_replicas: 1"),
-        (3, 0, 2, 1, "inference_replicas: 2 or less"),
-        (0, 0, 2, 1, "1 or more"),
+        (1, 3, 8, 64, 4, "inference_replicas: 2"),
+        (1, 2, 1, 64, 1, "inference_replicas: 1"),
+        (1, 3, 0, 2, 1, "inference_replicas: 2 or less"),
+        (1, 0, 0, 2, 1, "1 or more"),
+        (3, 2, 0, 4, 1, "no engine 3 of 2"),
     ],
 )
-def test_too_many_replicas(count: int, gpus: int, cores: int, tensor_parallel: int, says: str) -> None:
+def test_too_many_replicas(index: int, count: int, gpus: int, cores: int, tensor_parallel: int, says: str) -> None:
     with pytest.raises(Problem, match=says):
-        scale.replicas(count, gpus, range(cores), tensor_parallel, 17820)
+        scale.share(index, count, gpus, range(cores), tensor_parallel)
 
 
 def test_ranges() -> None:

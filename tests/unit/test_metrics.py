@@ -17,9 +17,9 @@ def state(**changes: Any) -> dict[str, Any]:
         "connection": "ssh",
         "address": "192.0.2.11",
         "metrics": [
-            {"job": "vllm", "port": 17807, "bind": "192.0.2.11"},
-            {"job": "caddy", "port": 17808},
-            {"job": "dify-plugin-daemon", "port": 17803, "path": "/metrics/"},
+            {"job": "vllm", "port": 17807, "bind": "192.0.2.11", "path": "/metrics"},
+            {"job": "caddy", "port": 17808, "bind": "127.0.0.1", "path": "/metrics"},
+            {"job": "dify-plugin-daemon", "port": 17803, "bind": "127.0.0.1", "path": "/metrics/"},
         ],
     }
     return {"hosts": {"one": host | changes}}
