@@ -201,6 +201,63 @@ def test_kill_9_comes_back(web: Web) -> None:
     until(lambda: web.ask()["pid"] != pid)
 
 
+# Hands its socket to a child that outlives it, as gunicorn does to workers that are still loading.
+FAMILY = """
+import os, subprocess, sys, time
+if os.environ.get("CHILD"):
+    time.sleep(1000)
+import socket
+sock = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+sock.set_inheritable(True)
+subprocess.Popen([sys.executable, *sys.argv], env={"CHILD": "1"}, close_fds=False)
+time.sleep(1000)
+"""
+
+
+def family(web: Web) -> Service:
+    web.service()
+    (web.home.root / "family.py").write_text(FAMILY)
+    command = (str(web.home.python), str(web.home.root / "family.py"), str(web.port))
+    return web.service(command=command, ready={"tcp": web.port})
+
+
+def members(leader: int) -> list[int]:
+    """The living processes of a group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == leader and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_orphans_of_a_killed_service_do_not_hold_its_port(web: Web) -> None:
+    service = family(web)
+    reconcile([service], web.home.root)
+    leader = web.home.pid("web")
+    until(lambda: len(members(leader)) == 2)
+    os.kill(leader, signal.SIGKILL)
+    until(lambda: web.home.pid("web") != leader and len(members(web.home.pid("web"))) == 2)
+    assert not members(leader)
+    assert not reconcile([service], web.home.root).changed
+
+
+def test_stop_ends_orphans_of_a_killed_service(web: Web) -> None:
+    reconcile([family(web)], web.home.root)
+    leader = web.home.pid("web")
+    until(lambda: len(members(leader)) == 2)
+    supervisord = Supervisor(web.home.root).rpc.getPID()
+    os.kill(supervisord, signal.SIGKILL)  # else it would start the service again
+    os.kill(leader, signal.SIGKILL)
+    until(lambda: gone(leader) and gone(supervisord))
+    assert len(members(leader)) == 1
+    web.home.kitctl("stop")
+    until(lambda: not members(leader))
+
+
 def test_a_service_that_keeps_dying_fails_fast_with_its_last_words(web: Web) -> None:
     script = "import os, sys; sys.exit('cannot open the vault with ' + os.environ['PASSWORD'])"
     web.service()
