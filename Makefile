@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev deploy check status logs restart start stop debug metrics recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy
+.PHONY: help venv venv-dev deploy check status logs restart start stop debug metrics recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy bench-inference
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ e2e: venv-dev  ## whole deploys by throw-away users, as root; without Dify where
 
 bench-deploy: venv-dev  ## cold, cached and no-op deploys by a throw-away user, as root: times by step
 	@.venv/bin/python -m tests.bench.deploy
+
+bench-inference: venv  ## how fast answers come by each way, against a plain vllm serve; the model pauses meanwhile
+	@$(KIT) bench $(ARGS)
 
 release-file: venv  ## draft or refresh the file of a Dify release, VERSION=1.17.0
 	@.venv/bin/python deploy/tools/release_file.py $(VERSION) $(ARGS)

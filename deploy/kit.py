@@ -136,15 +136,52 @@ def on_hosts(folder: Path, arguments: list[str]) -> int:
     """Run the host's own ``kitctl`` as the service user, the terminal connected; the worst exit status."""
     worst = 0
     for name, host in site_state(folder)["hosts"].items():
-        command = [f"{host['kit_home']}/runtime/bin/kitctl", *arguments]
-        if host["become"]:
-            command = ["su", "-s", "/bin/sh", host["kit_user"], "-c", f"cd / && exec {shlex.join(command)}"]
-        if host["connection"] != "local":
-            command = ["ssh", "-t", host["address"], shlex.join(command)]
+        command = as_service_user(host, [f"{host['kit_home']}/runtime/bin/kitctl", *arguments])
         if len(site_state(folder)["hosts"]) > 1:
             print(f"--- {name}")
         worst = max(worst, subprocess.run(command).returncode)
     return worst
+
+
+def as_service_user(host: dict[str, Any], command: list[str]) -> list[str]:
+    """The command line that runs a command on a host as its service user, the terminal connected."""
+    if host["become"]:
+        command = ["su", "-s", "/bin/sh", host["kit_user"], "-c", f"cd / && exec {shlex.join(command)}"]
+    if host["connection"] != "local":
+        command = ["ssh", "-t", host["address"], shlex.join(command)]
+    return command
+
+
+def bench(folder: Path, arguments: list[str]) -> int:
+    """Measure each host's ways to the model, on the host itself; the worst exit status."""
+    worst = 0
+    for name, host in site_state(folder)["hosts"].items():
+        if len(site_state(folder)["hosts"]) > 1:
+            print(f"--- {name}")
+        worst = max(worst, subprocess.run(as_service_user(host, bench_command(host, arguments))).returncode)
+    return MEND if worst else 0
+
+
+def bench_command(host: dict[str, Any], arguments: list[str]) -> list[str]:
+    """``python -m inference bench`` for a host, with the keys from the files that only the service user can read."""
+    home, service = host["kit_home"], host["model_service"]
+    dify = host["dify_mode"] == "source"
+    engines: dict[str, int] = service["engines"]
+    ways = [f"engine=http://127.0.0.1:{min(engines.values())}/v1"]
+    if len(engines) > 1:
+        ways.append(f"router=http://127.0.0.1:{host['ports']['inference']}/v1")
+    return [
+        f"{home}/runtime/bin/kit-exec",
+        *["--env-file", f"{home}/etc/env/inference.env"],
+        *(["--env-file", f"{home}/etc/env/sample-app.env"] if dify else []),
+        "--",
+        *[service["python"], "-m", "inference", "bench", host["model"], f"--weights={service['weights']}"],
+        *[f"--state={home}/var/inference/bench", f"--plain-port={service['plain_port']}"],
+        *[f"--home={home}", "--engines", *engines],
+        *(f"--way={way}" for way in ways),
+        *([f"--dify=http://127.0.0.1:{host['ports']['gateway']}/v1"] if dify else []),
+        *arguments,
+    ]
 
 
 def targets(site: str, state: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -185,7 +222,7 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--site", default="local", help="folder name below deploy/inventories")
-    parser.add_argument("verb", choices=["deploy", "check", "metrics", "play", "host"])
+    parser.add_argument("verb", choices=["deploy", "check", "metrics", "bench", "play", "host"])
     options, arguments = parser.parse_known_args()
     folder = inventory(options.site)
     try:
@@ -195,6 +232,8 @@ def main() -> int:
             return checks(folder, arguments)
         if options.verb == "metrics":
             return metrics(options.site, folder)
+        if options.verb == "bench":
+            return bench(folder, arguments)
         if options.verb == "play":
             status, _run = playbook(folder, arguments[0], arguments[1:])
             return MEND if status else 0

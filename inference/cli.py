@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
 import sys
 from pathlib import Path
 
-from inference import catalog, engine, probe
+from inference import bench, catalog, engine, probe
 from inference.install import install
 from inference.problem import Problem
 from inference.scale import Node
@@ -52,6 +53,19 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model")
     one.add_argument("--url", required=True, help="the endpoint with its /v1")
     one.add_argument("--wait", type=float, default=0, help="seconds to wait for a server that does not listen yet")
+
+    one = commands.add_parser("bench", help="measure each way to the model; keys in VLLM_API_KEY and DIFY_APP_KEY")
+    one.add_argument("model")
+    one.add_argument("--weights", type=Path, required=True)
+    one.add_argument("--state", type=Path, required=True, help="folder for the plain server's caches and log")
+    one.add_argument("--way", action="append", required=True, type=lambda text: text.split("=", 1), metavar="NAME=URL")
+    one.add_argument("--dify", default="", metavar="URL", help="Dify's service API with its /v1")
+    one.add_argument("--plain-port", type=int, default=0, help="where to run a plain vllm serve; 0: without it")
+    one.add_argument("--home", type=Path, help="kit_home, to stop the deployed engines meanwhile")
+    one.add_argument("--engines", nargs="*", default=[], help="their services")
+    one.add_argument("--ready-seconds", type=int, default=900)
+    for name, number in dataclasses.asdict(bench.Load()).items():
+        one.add_argument(f"--{name.replace('_', '-')}", type=int, default=number)
 
     commands.add_parser("models", help="list the catalog")
     return top
@@ -110,6 +124,8 @@ def run(options: argparse.Namespace) -> None:
                 engine.serve(model, settings)
         case "ready":
             print(probe.ready(options.url, options.model, options.wait))
+        case "bench":
+            bench.report(options)
         case "models":
             for model in map(catalog.load, catalog.ids()):
                 print(f"{model.id}\t{model.title}\t{'+'.join(model.modalities)}\t{model.context_length} tokens")

@@ -141,6 +141,11 @@ def nodes(
             "vLLM's CPU build does not run on Ray: it refuses to start. Remedy: inference_nodes_backend: mp, "
             "which does the same without Ray."
         )
+    if pipeline_parallel > 1 and not hosts[0].gpus:
+        raise Problem(
+            "vLLM's CPU build cannot cut a model into stages across hosts: its workers fail at the first question. "
+            "Remedy: inference_pipeline_parallel: 1, or 0 for the kit's choice."
+        )
     world = len(hosts) * (hosts[0].gpus or 1)
     stages = pipeline_parallel or (len(hosts) if hosts[0].gpus else 1)
     if world % stages:

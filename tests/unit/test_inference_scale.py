@@ -108,7 +108,7 @@ def test_the_interface_can_be_named() -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "stages", "tensor_parallel", "pipeline_parallel"),
-    [(8, 0, 8, 2), (8, 1, 16, 1), (1, 0, 1, 2), (0, 0, 2, 1), (0, 2, 1, 2)],
+    [(8, 0, 8, 2), (8, 1, 16, 1), (1, 0, 1, 2), (0, 0, 2, 1)],
 )
 def test_layers_are_cut_by_host_unless_said_otherwise(
     gpus: int, stages: int, tensor_parallel: int, pipeline_parallel: int
@@ -124,6 +124,7 @@ def test_layers_are_cut_by_host_unless_said_otherwise(
         ([host("one", 11)], {}, "two hosts or more"),
         ([host("one", 11, 8), host("two", 12, 4)], {}, "equally many GPUs.*one 8, two 4"),
         ([host("one", 11, 0), host("two", 12, 0)], {"backend": "ray"}, "CPU build does not run on Ray"),
+        ([host("one", 11, 0), host("two", 12, 0)], {"pipeline_parallel": 2}, "cannot cut a model into stages"),
         ([host("one", 11), host("two", 12)], {"backend": "slurm"}, "one of mp, ray"),
         ([host("one", 11), host("two", 12)], {"pipeline_parallel": 3}, "one of 1, 2, 4, 8, 16"),
     ],
