@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "service(name): runs for the hosts that run this service")
+    config.addinivalue_line("markers", "sees: runs for the hosts whose model sees images")
     site = Path(config.getoption("--site") or ROOT / "deploy" / "inventories" / "local")
     file = site / "site.json" if site.is_dir() else site
     if not file.is_file():
@@ -45,6 +46,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if host not in fit:
             missing = ", ".join(sorted(set(needed) - set(host.services)))
             why = f"{host.name} runs no {missing} (dify_mode: {host.facts['dify_mode']})"
+            config.stash[LEFT_OUT].setdefault(why, []).append(metafunc.definition.name)
+    if any(metafunc.definition.iter_markers("sees")):
+        for host in [host for host in fit if not host.facts.get("images")]:
+            fit.remove(host)
+            why = f"{host.name}'s model {host.facts['model']} does not see images"
             config.stash[LEFT_OUT].setdefault(why, []).append(metafunc.definition.name)
     # A test that no host fits is left out by name in the summary, not skipped once for each host.
     metafunc.parametrize("kit", fit, ids=[host.name for host in fit], scope="session")

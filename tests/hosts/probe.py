@@ -6,6 +6,7 @@ and listens where only this host can. Prints the answer as JSON. A secret never 
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -222,12 +223,21 @@ def redis(home: str, port: int) -> dict[str, Any]:
 class Http:
     """One request; its answer is read as it arrives."""
 
-    def __init__(self, method: str, url: str, key: str = "", body: Any = None, timeout: float = 120) -> None:
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        key: str = "",
+        body: Any = None,
+        timeout: float = 120,
+        kind: str = "application/json",
+    ) -> None:
         parts = urlsplit(url)
         self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        headers = {"Content-Type": kind, **({"Authorization": f"Bearer {key}"} if key else {})}
         path = parts.path + (f"?{parts.query}" if parts.query else "")
-        self.connection.request(method, path or "/", json.dumps(body) if body is not None else None, headers)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        self.connection.request(method, path or "/", data, headers)
         self.response = self.connection.getresponse()
         self.status = self.response.status
 
@@ -310,6 +320,52 @@ def ask(home: str, url: str, question: str) -> dict[str, Any]:
         "answer": result.get("answer", text[:500]),
         "tokens": usage.get("completion_tokens"),
         "stranger_status": Http("POST", f"{url}/v1/chat-messages", "app-wrong", body).status,
+    }
+
+
+def picture(home: str, url: str, endpoint: str, name: str, question: str) -> dict[str, Any]:
+    """A question with the deploy's picture: through Dify, streamed and in one piece, and asked of the model directly.
+
+    Each of them comes with the engine's own count of the question's tokens.
+    """
+    picture = Path(home, "etc", "shapes.png").read_bytes()
+    app_key, engine_key = env(home, "sample-app")["DIFY_APP_KEY"], env(home, "inference")["VLLM_API_KEY"]
+
+    def directly(content: Any) -> int:
+        body = {"model": name, "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+        answer = Http("POST", f"{endpoint}/chat/completions", engine_key, body)
+        said = answer.text()
+        return int(json.loads(said)["usage"]["prompt_tokens"]) if answer.status == 200 else 0
+
+    boundary = "kit-check-picture"
+    fields = f'--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\nkit-check\r\n--{boundary}\r\n'
+    head = 'Content-Disposition: form-data; name="file"; filename="shapes.png"\r\nContent-Type: image/png\r\n\r\n'
+    form = fields.encode() + head.encode() + picture + f"\r\n--{boundary}--\r\n".encode()
+    upload = Http("POST", f"{url}/v1/files/upload", app_key, form, kind=f"multipart/form-data; boundary={boundary}")
+    uploaded = upload.text()
+    if upload.status != 201:
+        return {"status": upload.status, "answer": uploaded[:500]}
+    file = {"type": "image", "transfer_method": "local_file", "upload_file_id": json.loads(uploaded)["id"]}
+    body = {"inputs": {}, "query": question, "user": "kit-check", "files": [file]}
+    blocking = Http("POST", f"{url}/v1/chat-messages", app_key, {**body, "response_mode": "blocking"})
+    said = blocking.text()
+    if blocking.status != 200:
+        return {"status": blocking.status, "answer": said[:500]}
+    streamed = Http("POST", f"{url}/v1/chat-messages", app_key, {**body, "response_mode": "streaming"})
+    events = [event for _, event in streamed.events()]
+    usage: dict[str, Any] = next(
+        (event["metadata"]["usage"] for event in events if event["event"] == "message_end"), {}
+    )
+    sent = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": sent}}, {"type": "text", "text": question}]
+    return {
+        "status": streamed.status,
+        "answer": json.loads(said)["answer"],
+        "streamed": "".join(event.get("answer") or "" for event in events if event["event"] == "message"),
+        "blocking_tokens": json.loads(said)["metadata"]["usage"]["prompt_tokens"],
+        "streaming_tokens": usage.get("prompt_tokens"),
+        "direct_tokens": directly(parts),
+        "text_tokens": directly(question),
     }
 
 

@@ -9,6 +9,7 @@ from tests.hosts.kit_host import KitHost
 
 RELEASES = Path(__file__).resolve().parents[2] / "deploy" / "releases"
 QUESTION = "What is the capital of France?"
+IMAGE_QUESTION = "Which shapes are in this picture, and which colour has each?"
 
 
 @pytest.mark.service("web")
@@ -63,3 +64,22 @@ def test_answer_is_streamed_unbuffered(kit: KitHost) -> None:
     assert answer["seconds"] > 0.01, (
         f"{answer['pieces']} pieces came at once: something buffers between the API and {kit.url}"
     )
+
+
+@pytest.mark.deep  # a deploy has just asked about the picture itself
+@pytest.mark.sees
+@pytest.mark.service("api")
+@pytest.mark.service("inference")
+def test_a_picture_reaches_the_model_whole(kit: KitHost) -> None:
+    answer = kit.probe(
+        "picture", url=kit.url, endpoint=kit.facts["endpoint"], name=kit.facts["model"], question=IMAGE_QUESTION
+    )
+    assert answer["status"] == 200, f"Dify said {answer['status']}: {answer['answer']}. Read `make logs SERVICE=api`."
+    assert answer["answer"].strip(), "Dify's answer is empty. Read `make logs SERVICE=inference`."
+    assert answer["streamed"].strip(), "Dify's streamed answer is empty. Read `make logs SERVICE=inference`."
+    counted = {answer["blocking_tokens"], answer["streaming_tokens"], answer["direct_tokens"]}
+    assert len(counted) == 1, (
+        f"the engine counted {answer['blocking_tokens']} tokens in one piece, {answer['streaming_tokens']} streamed, "
+        f"{answer['direct_tokens']} asked directly: something changes the picture or the question on its way"
+    )
+    assert answer["direct_tokens"] > answer["text_tokens"] > 0, "the picture has no tokens: the model did not see it"

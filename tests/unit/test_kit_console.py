@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
-from ansible.module_utils.kit_console import Console, ConsoleError, Service
-from ansible.module_utils.kit_openai import choose, served_models
-from ansible.modules.kit_dify_console import Workspace, summary
+from ansible.module_utils.kit_console import Answer, Console, ConsoleError, Service
+from ansible.module_utils.kit_openai import Endpoint, Served, choose
+from ansible.modules.kit_dify_ask import image_tokens
+from ansible.modules.kit_dify_ask import summary as asked
+from ansible.modules.kit_dify_console import OFFICIAL, Workspace, credentials_for, summary
 
 PASSWORD = "correct-horse-1"
 PROVIDER = "dify-kit/kit_inference/kit_inference"
@@ -37,7 +40,10 @@ class FakeDify:
         self.plugin: str | None = None
         self.task = {"status": "success", "plugins": [{"message": "installed"}]}
         self.install_takes = True
-        self.credentials: dict[str, Any] | None = None
+        self.marketplace: str | None = None
+        self.served, self.images, self.tools = "smol", 0, False
+        self.prompt_tokens = 20
+        self.registered: dict[tuple[str, str], dict[str, Any]] = {}
         self.dead_model = False
         self.default: dict[str, Any] | None = None
         self.apps: dict[str, Any] = {}
@@ -52,16 +58,33 @@ class FakeDify:
 
     def writes(self) -> list[str]:
         """Calls that could change anything, in order."""
-        return [
-            call for call in self.calls if not call.startswith("GET") and "/login" not in call and "/ids" not in call
-        ]
+        reads = ("/login", "/ids", "/latest-versions", "/chat/completions")
+        return [call for call in self.calls if not call.startswith("GET") and not call.endswith(reads)]
+
+    @property
+    def credentials(self) -> dict[str, Any]:
+        """Of the model that is served."""
+        return self.registered[PROVIDER, self.served]
+
+    def complete(self, body: Any) -> tuple[int, Any]:
+        """A model server's answer."""
+        content = body["messages"][0]["content"]
+        images = len(content) - 1 if isinstance(content, list) else 0
+        if images > self.images:
+            return 400, {"error": {"message": f"At most {self.images} image(s) may be provided in one prompt."}}
+        if "tools" in body and not self.tools:
+            return 400, {"error": {"message": "auto tool choice requires --enable-auto-tool-choice"}}
+        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": 1}
+        return 200, {"choices": [{"message": {"content": "p"}}], "usage": usage}
 
     def respond(self, call: str, body: Any, headers: Any) -> tuple[int, Any]:
         method, path = call.split(" ")
         if path.startswith("/v1/models"):
             if headers["Authorization"] != "Bearer model-key-0123456789":
                 return 401, {"error": "Unauthorized"}
-            return 200, {"data": [{"id": "smol", "max_model_len": self.context}]}
+            return 200, {"data": [{"id": self.served, "max_model_len": self.context}]}
+        if path == "/v1/chat/completions":
+            return self.complete(body)
         if path == f"{API}/setup":
             if self.ready_after > 0:
                 self.ready_after -= 1
@@ -89,8 +112,12 @@ class FakeDify:
 
     def workspace(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if path == f"{HERE}/plugin/list/installations/ids":
-            found = {"id": "i1", "plugin_id": "dify-kit/kit_inference", "plugin_unique_identifier": self.plugin}
-            return 200, {"plugins": [found] if self.plugin else []}
+            plugin_id = (self.plugin or "").partition(":")[0]
+            found = {"id": "i1", "plugin_id": plugin_id, "plugin_unique_identifier": self.plugin}
+            return 200, {"plugins": [found] if self.plugin and plugin_id in body["plugin_ids"] else []}
+        if path == f"{HERE}/plugin/list/latest-versions":
+            newest = {"unique_identifier": self.marketplace} if self.marketplace else None
+            return 200, {"versions": {body["plugin_ids"][0]: newest}}
         if path == f"{HERE}/plugin/upload/pkg":
             if b"unsigned" in body:
                 return 400, {"code": "plugin_error", "message": "bad signature"}
@@ -98,31 +125,43 @@ class FakeDify:
         if path == f"{HERE}/plugin/uninstall":
             self.plugin = None
             return 200, {"success": True}
-        if path == f"{HERE}/plugin/install/pkg":
+        if path in (f"{HERE}/plugin/install/pkg", f"{HERE}/plugin/install/marketplace"):
             if self.install_takes:
                 self.plugin = body["plugin_unique_identifiers"][0]
             return 200, {"all_installed": False, "task_id": "t1"}
         if path == f"{HERE}/plugin/tasks/t1":
             return 200, {"task": self.task}
-        if path.startswith(f"{HERE}/model-providers/{PROVIDER}/models/credentials"):
+        if path.startswith(f"{HERE}/model-providers/"):
+            provider = path.removeprefix(f"{HERE}/model-providers/").partition("/models")[0]
             if method == "GET":
-                there = self.credentials is not None
-                shown = {**(self.credentials or {}), "api_key": "model-************89"} if there else {}
-                listed = [{"credential_id": "c1", "credential_name": "dify-kit"}] if there else []
-                identity = {"current_credential_id": "c1" if there else None, "current_credential_name": "dify-kit"}
+                known = self.registered.get((provider, body["model"]))
+                shown = {**known, "api_key": "model-************89"} if known else {}
+                listed = [{"credential_id": "c1", "credential_name": "dify-kit"}] if known else []
+                identity = {"current_credential_id": "c1" if known else None, "current_credential_name": "dify-kit"}
                 return 200, {"credentials": shown, "available_credentials": listed, **identity}
+            if method == "DELETE":
+                del self.registered[provider, body["model"]]
+                return 204, ""
             if self.dead_model:
                 return 400, {"code": "invalid_param", "message": "http://x/v1 does not answer: Connection refused."}
-            self.credentials = body["credentials"]
+            self.registered[provider, body["model"]] = body["credentials"]
             return 201, {"result": "success"}
         if path.startswith(f"{HERE}/models/model-types/llm"):
-            model = {
-                "model": "smol",
-                "status": "active",
-                "features": [],
-                "model_properties": {"context_size": self.context},
-            }
-            return 200, {"data": [{"provider": PROVIDER, "models": [model]}]}
+            offered = [
+                {
+                    "provider": provider,
+                    "models": [
+                        {
+                            "model": name,
+                            "status": "active",
+                            "features": ["vision"] if set_to["vision_support"] == "support" else [],
+                            "model_properties": {"context_size": int(set_to["context_size"])},
+                        }
+                    ],
+                }
+                for (provider, name), set_to in self.registered.items()
+            ]
+            return 200, {"data": offered}
         if path.startswith(f"{HERE}/default-model"):
             if method == "POST":
                 setting = body["model_settings"][0]
@@ -152,6 +191,8 @@ class FakeDify:
             def handle_any(self) -> None:
                 raw = self.rfile.read(int(self.headers["Content-Length"] or 0))
                 body = json.loads(raw) if "json" in (self.headers["Content-Type"] or "") else raw
+                if self.command == "GET":
+                    body = dict(parse_qsl(self.path.partition("?")[2]))
                 call = f"{self.command} {self.path.partition('?')[0]}"
                 fake.calls.append(call)
                 if self.path == "/v1/chat-messages":
@@ -206,7 +247,11 @@ def deploy(dify: FakeDify, tmp_path: Path) -> Callable[..., Workspace]:
                 "api_key": "model-key-0123456789",
                 "context_size": 0,
                 "vision_support": "auto",
+                "max_images": 0,
                 "tool_calling": "auto",
+                "modalities": [],
+                "reasons": False,
+                "proxies": False,
             },
             "app": {"app": {"name": "Sample"}, "model_config": {"model": {"mode": "chat"}}},
             "state_file": str(tmp_path / "etc/provider.json"),
@@ -226,8 +271,7 @@ def test_first_run_sets_up_everything_and_the_second_writes_nothing(
 ) -> None:
     first = deploy()
     assert first.changes == ["admin", "plugin", "model smol", "default model", "sample app", "sample app's key"]
-    assert dify.credentials
-    assert dify.credentials["context_size"] == "8192"
+    assert (dify.credentials["context_size"], dify.credentials["vision_support"]) == ("8192", "no_support")
     assert (tmp_path / "etc/env/sample-app.env").read_text() == "DIFY_APP_KEY='app-0'\n"
     for path in ("etc/provider.json", "etc/env/sample-app.env"):
         assert (tmp_path / path).stat().st_mode & 0o777 == 0o600
@@ -257,9 +301,9 @@ def test_check_mode_tells_and_writes_nothing(dify: FakeDify, deploy: Callable[..
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"api_key": "model-key-0123456789", "context_size": 4096}, ["model smol"]),
-        ({"vision_support": "support"}, ["model smol"]),
-        ({"tool_calling": "no_support"}, ["model smol"]),
+        ({"context_size": 4096}, ["model smol"]),
+        ({"vision_support": "support"}, ["model smol", "sample app's model"]),
+        ({"tool_calling": "support"}, ["model smol"]),
     ],
 )
 def test_changed_settings_are_registered_again(
@@ -268,7 +312,8 @@ def test_changed_settings_are_registered_again(
     deploy()
     dify.calls.clear()
     assert deploy(model=change).changes == expected
-    assert dify.writes() == [f"PUT {HERE}/model-providers/{PROVIDER}/models/credentials"]
+    assert dify.writes()[0] == f"PUT {HERE}/model-providers/{PROVIDER}/models/credentials"
+    assert len(dify.writes()) == len(expected)
 
 
 def test_a_server_with_another_context_is_noticed(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
@@ -279,7 +324,6 @@ def test_a_server_with_another_context_is_noticed(dify: FakeDify, deploy: Callab
 
 def test_credentials_changed_in_dify_are_set_back(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
     deploy()
-    assert dify.credentials
     dify.credentials["endpoint_url"] = "http://elsewhere/v1"
     assert deploy().changes == ["model smol"]
 
@@ -358,7 +402,7 @@ def test_a_dead_model_is_refused_with_its_reason(dify: FakeDify, deploy: Callabl
         deploy()
     with pytest.raises(ConsoleError, match=r"No model at http://127.0.0.1:9(.|\n)*Remedy: start the server"):
         deploy(model={"endpoint": "http://127.0.0.1:9/v1"})
-    with pytest.raises(ConsoleError, match="Remedy: set provider_api_key"):
+    with pytest.raises(ConsoleError, match=r"Remedy: set provider_api_key, in the site's secrets\.yml"):
         deploy(model={"api_key": "wrong"})
 
 
@@ -377,13 +421,102 @@ def test_cookies_of_an_https_site_work_over_loopback(dify: FakeDify) -> None:
     assert console.app("none") is None
 
 
-def test_model_names(dify: FakeDify) -> None:
-    models = served_models(f"{dify.url}/v1", "model-key-0123456789")
+def test_model_names() -> None:
+    models = [Served("smol", 8192)]
     assert choose(models, "", "x").name == choose(models, "smol", "x").name == "smol"
     with pytest.raises(ConsoleError, match="does not serve 'big' but smol"):
         choose(models, "big", "x")
     with pytest.raises(ConsoleError, match="but nothing"):
         choose([], "", "x")
+
+
+@pytest.mark.parametrize(("images", "tools"), [(0, False), (4, True), (10, False)])
+def test_what_a_model_can_do_is_asked_of_its_server(dify: FakeDify, images: int, tools: bool) -> None:
+    dify.images, dify.tools = images, tools
+    assert Endpoint(f"{dify.url}/v1", "model-key-0123456789").model("") == Served("smol", 8192, images, tools)
+
+
+def test_a_model_that_sees_gets_an_app_with_images(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
+    dify.images = 4
+    first = deploy()
+    assert (dify.credentials["vision_support"], dify.credentials["max_images"]) == ("support", "4")
+    upload = dify.apps["a1"]["model_config"]["file_upload"]
+    assert (upload["enabled"], upload["image"]["enabled"], upload["number_limits"]) == (True, True, 4)
+    assert "sees images (4 with a question)" in "\n".join(summary({**first.want, "summary": []}, first.result))
+    assert deploy().changes == []
+    # The server was started anew with another limit: Dify is told, although the model is the same.
+    dify.images = 2
+    assert deploy().changes == ["model smol", "sample app's model"]
+    assert dify.apps["a1"]["model_config"]["file_upload"]["number_limits"] == 2
+    assert deploy(model={"max_images": 1}).result["images"] == 1
+
+
+def test_a_model_that_should_see_and_does_not(deploy: Callable[..., Workspace]) -> None:
+    with pytest.raises(ConsoleError, match=r"smol .* should see images, but its server refuses"):
+        deploy(model={"modalities": ["text", "image"]})
+
+
+def test_a_thinking_model_gets_room_for_its_thoughts(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
+    deploy()
+    assert dify.apps["a1"]["model_config"]["model"]["completion_params"]["max_tokens"] == 512
+    deploy(model={"reasons": True})
+    assert dify.apps["a1"]["model_config"]["model"]["completion_params"]["max_tokens"] == 4096
+
+
+def test_another_model_takes_the_place_of_the_one_that_is_no_longer_served(
+    dify: FakeDify, deploy: Callable[..., Workspace]
+) -> None:
+    deploy()
+    dify.registered[PROVIDER, "by-hand"] = dify.credentials
+    dify.served, dify.images = "kimi", 4
+    assert deploy().changes == ["model kimi", "default model", "sample app's model", "model smol"]
+    assert set(dify.registered) == {(PROVIDER, "kimi"), (PROVIDER, "by-hand")}
+    assert dify.default
+    assert dify.default["model"] == "kimi"
+    assert dify.apps["a1"]["model_config"]["file_upload"]["enabled"]
+    dify.calls.clear()
+    assert (deploy().changes, dify.writes()) == ([], [])
+
+
+def test_apps_of_a_model_that_goes_are_named(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
+    deploy()
+    model = {"provider": PROVIDER, "name": "smol"}
+    dify.apps["a2"] = {"id": "a2", "name": "Helpdesk", "model_config": {"model": model}}
+    dify.served = "kimi"
+    assert "choose another in these apps: Helpdesk." in deploy().notices[-1]
+
+
+def test_the_official_plugin_takes_the_place_of_the_kits(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
+    deploy()
+    dify.marketplace = "langgenius/openai_api_compatible:0.0.64@" + "d" * 64
+    official = {"provider": OFFICIAL, "plugin": {"package": None, "identifier": ""}}
+    dify.images, dify.tools = 4, True
+    # The fake holds one plugin: the kit's is gone already when it would be uninstalled.
+    assert deploy(**official).changes == ["plugin", "model smol", "default model", "sample app's model", "model smol"]
+    assert dify.registered[OFFICIAL, "smol"] == credentials_for(
+        OFFICIAL, f"{dify.url}/v1", "model-key-0123456789", Served("smol", 8192, 4, True), 8192
+    )
+    assert dify.registered[OFFICIAL, "smol"]["function_calling_type"] == "tool_call"
+    assert set(dify.registered) == {(OFFICIAL, "smol")}
+    assert deploy(**official).changes == []
+
+
+def test_a_marketplace_that_has_no_answer(deploy: Callable[..., Workspace]) -> None:
+    with pytest.raises(ConsoleError, match=r"no langgenius/openai_api_compatible(.|\n)*provider_package"):
+        deploy(provider=OFFICIAL, plugin={"package": None, "identifier": ""})
+
+
+def test_the_pictures_tokens_are_counted(dify: FakeDify) -> None:
+    model = {"name": "smol", "endpoint": f"{dify.url}/v1", "api_key": "model-key-0123456789", "proxies": False}
+    answer = Answer("<think>Hm.</think>A circle.", "v", 1.0, 0.5, 4, 100)
+    assert image_tokens("Which?", answer, model, None) == 80
+    lines = asked("Which?", answer, Path("/x/shapes.png"), 80)
+    assert lines[0] == "Asked through Dify with the picture shapes.png: Which?"
+    assert lines[1] == "Answered in 1.0 s: A circle."
+    assert "100 tokens for the question, 80 of them the picture" in lines[2]
+    dify.prompt_tokens = 100
+    with pytest.raises(ConsoleError, match="The picture did not reach the model"):
+        image_tokens("Which?", answer, model, None)
 
 
 def test_answer_in_pieces(dify: FakeDify) -> None:

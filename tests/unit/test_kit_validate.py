@@ -233,3 +233,48 @@ def test_the_list_is_numbered_aligned_and_keeps_commands_whole() -> None:
     assert lines[5].startswith("           word")
     assert lines[-1] == f"             a command that is {'x' * 90} long"
     assert all(len(line) <= 100 for line in lines[:-1])
+
+
+def test_a_key_has_its_place() -> None:
+    spec = {"provider_api_key": {"type": "str", "no_log": True}}
+
+    def found(value: str, **more: Any) -> list[kit_report.Problem]:
+        problems: list[kit_report.Problem] = kit_validate.check_settings(
+            [Setting("provider_api_key", value, WHERE, **more)], spec, {}
+        )
+        return problems
+
+    assert found("sk-proj/+Ab=|9") == []
+    (problem,) = found("sk-1", from_command_line=True)
+    assert "every user of this machine" in problem.what
+    assert "secrets.yml" in problem.remedy
+    (problem,) = found("sk-1\n")
+    assert "HTTP cannot send" in problem.what
+    assert "sk-1" not in problem.what
+    assert kit_validate.check_key_file("provider_api_key", "settings.yml", 0o100600) == []
+    (problem,) = kit_validate.check_key_file("provider_api_key", "settings.yml", 0o100644)
+    assert "mode 0644" in problem.what
+
+
+EXTERNAL = {"inference_endpoint": "external", "provider_endpoint": "https://llm.example.com/v1", "provider_model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("values", "there", "expected"),
+    [
+        ({"inference_endpoint": "kit"}, [], []),
+        (EXTERNAL, ["provider_endpoint", "provider_model"], []),
+        ({**EXTERNAL, "provider_model": ""}, [], ["provider_model is empty"]),
+        ({"inference_endpoint": "external"}, [], ["provider_endpoint is empty", "provider_model is empty"]),
+        ({**EXTERNAL, "inference_endpoint": "kit"}, ["provider_endpoint"], ["but inference_endpoint is kit"]),
+        ({"provider_plugin": "official"}, [], ["nothing says where the plugin comes from"]),
+        ({"provider_plugin": "official", "dify_source_marketplace": True}, [], []),
+        ({"provider_plugin": "official", "provider_package": "/x.difypkg"}, [], ["which is not there"]),
+        ({"provider_plugin": "kit", "provider_package": "/x.difypkg"}, [], ["but provider_plugin is kit"]),
+    ],
+)
+def test_server_and_plugin_fit_together(values: dict[str, Any], there: list[str], expected: list[str]) -> None:
+    problems = kit_validate.check_provider(values, dict.fromkeys(there, WHERE), package_is_there=False)
+    assert len(problems) == len(expected)
+    assert all(part in problem.what for part, problem in zip(expected, problems, strict=True))
+    assert all(problem.remedy for problem in problems)

@@ -18,14 +18,23 @@ LEFT_OUT = ("__pycache__", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache
 class ActionModule(ActionBase):
     """See the module kit_difypkg for what the arguments mean."""
 
-    _VALID_ARGS = frozenset(("source", "cli", "signing_key", "cache"))
+    _VALID_ARGS = frozenset(("source", "package", "cli", "signing_key", "cache"))
     _requires_connection = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Reads the folder here, packages and signs it there."""
         super().run(tmp, task_vars)
         arguments = dict(self._task.args)
-        source = Path(str(arguments.pop("source", "")))
+        if "source" in arguments:
+            arguments["payload"] = self._payload(Path(str(arguments.pop("source"))))
+        result: dict[str, Any] = self._execute_module(
+            module_name="kit_difypkg", module_args=arguments, task_vars=task_vars or {}
+        )
+        result.pop("invocation", None)
+        return result
+
+    @staticmethod
+    def _payload(source: Path) -> str:
         if not (source / "manifest.yaml").is_file():
             raise AnsibleActionFail(f"kit_difypkg: {source} holds no manifest.yaml. Remedy: name a plugin's folder.")
         files = {
@@ -33,9 +42,4 @@ class ActionModule(ActionBase):
             for path in sorted(source.rglob("*"))
             if path.is_file() and not set(path.relative_to(source).parts) & set(LEFT_OUT)
         }
-        arguments["payload"] = base64.b64encode(zlib.compress(json.dumps(files).encode())).decode()
-        result: dict[str, Any] = self._execute_module(
-            module_name="kit_difypkg", module_args=arguments, task_vars=task_vars or {}
-        )
-        result.pop("invocation", None)
-        return result
+        return base64.b64encode(zlib.compress(json.dumps(files).encode())).decode()

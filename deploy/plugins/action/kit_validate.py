@@ -167,6 +167,12 @@ class ActionModule(ActionBase):
             place = ", ".join(dict.fromkeys(where[name] for name in [*ports, "kit_port_base"] if name in where))
             numbers = {name: int(port) for name, port in ports.items() if re.fullmatch(r"\d+", str(port))}
             yield from rules.check_ports(numbers, place or "deploy/group_vars/all.yml")
+        names = ["inference_endpoint", "provider_endpoint", "provider_api_key", "provider_model", "provider_plugin"]
+        names += ["provider_package", "dify_source_marketplace"]
+        if value("dify_mode") == "source" and not broken & set(names):
+            provider = {name: value(name) for name in names}
+            package = provider["provider_package"]
+            yield from rules.check_provider(provider, where, bool(package) and os.path.isfile(str(package)))
         home, cache = value("kit_home"), value("kit_cache")
         if home and cache and not broken & {"kit_home", "kit_cache", "kit_user_home"}:
             yield from rules.check_folders(home, cache, where.get("kit_home") or where.get("kit_cache") or "kit_home")
@@ -200,3 +206,6 @@ class ActionModule(ActionBase):
             path = Path(folder, "group_vars", "kit", "secrets.yml")
             if path.is_file():
                 yield from rules.check_mode_bits(shorten(str(path)), path.stat().st_mode)
+        for file, name, raw, _ in self._files(variables):
+            if name == "provider_api_key" and raw and "{{" not in str(raw) and not file.endswith("/secrets.yml"):
+                yield from rules.check_key_file(name, shorten(file), os.stat(file).st_mode)

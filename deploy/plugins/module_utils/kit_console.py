@@ -39,21 +39,25 @@ class ConsoleError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer through Dify; times in seconds since the question, `first` until the first piece arrived."""
+    """A model's answer through Dify; times in seconds since the question, `first` until the first piece arrived.
+
+    `tokens` of the answer and `prompt_tokens` of the question are the model server's counts; None where it gave none.
+    """
 
     text: str
     conversation: str
     seconds: float
     first: float
     tokens: int | None
+    prompt_tokens: int | None = None
 
 
 class Http:
-    """Requests to one server, without proxies: a console is reached directly."""
+    """Requests to one server, without proxies unless they are given: a console is reached directly."""
 
-    def __init__(self, url: str, ca_file: str | None = None) -> None:
+    def __init__(self, url: str, ca_file: str | None = None, proxies: Mapping[str, str] | None = None) -> None:
         self.url = url.rstrip("/")
-        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler(dict(proxies or {}))]
         if self.url.startswith("https:"):
             handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file)))
         self._opener = urllib.request.build_opener(*handlers)
@@ -234,10 +238,10 @@ class Console:
         """Uninstalls; the credentials of customized models and whatever uses them stay."""
         self.request("POST", f"{WORKSPACE}/plugin/uninstall", {"plugin_installation_id": installation_id}, seconds=300)
 
-    def install_plugin(self, identifier: str, seconds: float) -> None:
-        """Installs an uploaded plugin with its Python packages, and waits for it."""
+    def install_plugin(self, identifier: str, seconds: float, source: str = "pkg") -> None:
+        """Installs an uploaded plugin (or one of the `marketplace`) with its Python packages, and waits for it."""
         wanted = {"plugin_unique_identifiers": [identifier]}
-        started = self.request("POST", f"{WORKSPACE}/plugin/install/pkg", wanted, seconds=300)
+        started = self.request("POST", f"{WORKSPACE}/plugin/install/{source}", wanted, seconds=300)
         end = time.monotonic() + seconds
         plugin_id, message = identifier.partition(":")[0], ""
         while not started.get("all_installed"):
@@ -269,6 +273,21 @@ class Console:
                 f"Dify says that {identifier} was installed, but lists {found and found['plugin_unique_identifier']}.",
                 "read `make logs SERVICE=plugin-daemon`, then run `make deploy` again.",
             )
+
+    def install_from_marketplace(self, plugin_id: str, seconds: float) -> None:
+        """Installs the newest version that Dify's marketplace has. Raises ConsoleError where it cannot be had."""
+        remedy = (
+            "the API's host must reach marketplace.dify.ai (kit_https_proxy), and dify_source_marketplace must be "
+            "true. Or give the package as a file: provider_package."
+        )
+        said = self.request("POST", f"{WORKSPACE}/plugin/list/latest-versions", {"plugin_ids": [plugin_id]})
+        newest = (said["versions"].get(plugin_id) or {}).get("unique_identifier")
+        if not newest:
+            raise ConsoleError(f"Dify finds no {plugin_id} in its marketplace.", remedy)
+        try:
+            self.install_plugin(str(newest), seconds, "marketplace")
+        except ConsoleError as error:
+            raise ConsoleError(f"{newest} from the marketplace: {error.what}", remedy, error.status) from None
 
     # --- models -------------------------------------------------------------------------------------------------------
     def model_credential(self, provider: str, model: str, credential_id: str | None = None) -> dict[str, Any]:
@@ -305,6 +324,11 @@ class Console:
         body = {"model": model, "model_type": "llm", "credential_id": credential_id}
         self.request("POST", f"{WORKSPACE}/model-providers/{provider}/models/credentials/switch", body)
 
+    def remove_model(self, provider: str, model: str) -> None:
+        """Takes a customized model out of the workspace, with all its credentials."""
+        body = {"model": model, "model_type": "llm"}
+        self.request("DELETE", f"{WORKSPACE}/model-providers/{provider}/models", body)
+
     def models(self) -> dict[tuple[str, str], dict[str, Any]]:
         """The language models that Dify offers by (provider, name): `status`, `features`, `model_properties`, ..."""
         said = self.get("/workspaces/current/models/model-types/llm")["data"]
@@ -340,6 +364,16 @@ class Console:
         """The id of the app of exactly this name."""
         found = self.get("/apps", name=name, page=1, limit=100)["data"]
         return next((str(app["id"]) for app in found if app["name"] == name), None)
+
+    def apps_with(self, provider: str, model: str) -> list[str]:
+        """Names of the chat, agent and completion apps that use a model; a workflow's nodes are not looked at."""
+        found = self.get("/apps", page=1, limit=100)["data"]
+        used = {"provider": provider, "name": model}
+        return [
+            str(app["name"])
+            for app in found
+            if used.items() <= (((app.get("model_config") or {}).get("model")) or {}).items()
+        ]
 
     def import_app(self, dsl: Mapping[str, Any]) -> str:
         """Makes an app of a description; returns its id."""
@@ -427,7 +461,8 @@ class Service:
             raise ConsoleError(
                 f"Dify answered {question!r} with nothing.", "read `make logs SERVICE=inference`; try another model."
             )
-        return Answer(text, conversation, time.monotonic() - started, first, usage.get("completion_tokens"))
+        seconds = time.monotonic() - started
+        return Answer(text, conversation, seconds, first, usage.get("completion_tokens"), usage.get("prompt_tokens"))
 
     def upload(self, file: Path) -> str:
         """Uploads a file for this user; returns its id."""

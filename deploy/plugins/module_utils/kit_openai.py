@@ -1,42 +1,154 @@
-"""The models that an OpenAI-compatible server serves. Standard library only: it runs on the hosts."""
+"""What an OpenAI-compatible server serves and what its models can do. Standard library only: it runs on the hosts.
+
+The provider plugin (inference/provider_plugin/models/server.py) asks the same questions for whoever configures a model
+by hand; the kit asks them itself, so that a changed server is seen at once and other providers can be told, too.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ansible.module_utils.kit_console import ConsoleError, Http
+
+# A trial may wait behind other requests of a busy server.
+LIST_SECONDS, TRIAL_SECONDS = 30.0, 300.0
+# The context size's name in the lists of vLLM and SGLang, OpenRouter and Together, Groq, Mistral.
+CONTEXT_NAMES = ("max_model_len", "context_length", "context_window", "max_context_length")
+# As many images as Dify lets people send with one question unless its settings are changed.
+MOST_IMAGES = 10
+# A grey square of 56 x 56 pixels: the smallest side that Kimi-VL, Qwen-VL and their kind take is 28.
+SQUARE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4CAAAAACN7WTCAAAAJElEQVR42u3LMQ0AAAwDoEqv9FpYdsNP+hRR"
+    "FEVRFEVRFMWbAclXIFtsqkldAAAAAElFTkSuQmCC"
+)
+TOOL = {
+    "type": "function",
+    "function": {"name": "noop", "description": "Does nothing.", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model by the name to ask for it; `context` in tokens, None where the server doesn't tell."""
+    """A model by the name to ask for it.
+
+    `context` in tokens, None where the server doesn't tell; `images`: how many it takes with one question as far as
+    Dify can send them, 0 where it doesn't see; `tools`: whether it can be told to call them.
+    """
 
     name: str
     context: int | None
+    images: int = 0
+    tools: bool = False
 
 
-def served_models(endpoint: str, api_key: str, ca_file: str | None = None) -> list[Served]:
-    """What `GET <endpoint>/models` lists. Raises ConsoleError with the way out."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        with Http(endpoint, ca_file).open("GET", "/models", headers=headers, seconds=30) as response:
-            said: Any = json.load(response)
-        return [Served(str(entry["id"]), int(entry.get("max_model_len") or 0) or None) for entry in said["data"]]
-    except ConsoleError as error:
+class Endpoint:
+    """An OpenAI-compatible server at `url` (with its /v1).
+
+    Servers of this host and its network are reached directly; `proxies` takes those of the environment.
+    """
+
+    def __init__(self, url: str, api_key: str, ca_file: str | None = None, *, proxies: bool = False) -> None:
+        self.url = url.rstrip("/")
+        self._http = Http(self.url, ca_file, proxies=urllib.request.getproxies() if proxies else {})
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def models(self) -> list[Served]:
+        """What `GET <url>/models` lists. Raises ConsoleError with the way out."""
+        try:
+            with self._http.open("GET", "/models", headers=self._headers, seconds=LIST_SECONDS) as response:
+                said: Any = json.load(response)
+            return [Served(str(entry["id"]), self._context(entry)) for entry in said["data"]]
+        except ConsoleError as error:
+            raise self._explained(error) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConsoleError(
+                f"{self.url}/models gives no list of models ({error}).",
+                "provider_endpoint must be an OpenAI-compatible server's address, usually ending in /v1.",
+            ) from None
+
+    def model(self, name: str) -> Served:
+        """The model of this name with what it can do; an empty name means the only (or first) one."""
+        found = choose(self.models(), name, self.url)
+        tools = self._refusal(found.name, "ping", tools=[TOOL], tool_choice="auto") is None
+        return Served(found.name, found.context, self._images(found.name), tools)
+
+    def ask(self, model: str, question: str, image: Path | None = None, tokens: int = 1) -> tuple[str, int]:
+        """A real answer of at most so many tokens, and how many tokens the question was, as the engine counted."""
+        content: str | list[dict[str, Any]] = question
+        if image:
+            data = base64.b64encode(image.read_bytes()).decode()
+            content = [_image(f"data:image/png;base64,{data}"), {"type": "text", "text": question}]
+        try:
+            said = self._complete(model, content, max_tokens=tokens)
+            message = said["choices"][0]["message"]
+            # A server that keeps reasoning apart may have got no further than that.
+            text = message.get("content") or message.get("reasoning_content") or message.get("reasoning") or ""
+            return str(text), int((said.get("usage") or {}).get("prompt_tokens") or 0)
+        except ConsoleError as error:
+            raise self._explained(error) from None
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConsoleError(
+                f"{self.url}/chat/completions gives no answer that can be read ({type(error).__name__}: {error}).",
+                "provider_endpoint must be an OpenAI-compatible server's address, usually ending in /v1.",
+            ) from None
+
+    def _images(self, model: str) -> int:
+        """As many as are served, beginning with the most that Dify sends."""
+        count = MOST_IMAGES
+        while count:
+            refusal = self._refusal(model, [*[_image(SQUARE)] * count, {"type": "text", "text": "ping"}])
+            if refusal is None:
+                return count
+            # vLLM tells its limit; other refusals may be about the context or about seeing at all.
+            told = re.search(r"at most (\d+) image", refusal, re.IGNORECASE)
+            count = min(int(told[1]), count - 1) if told else count // 2
+        return 0
+
+    def _refusal(self, model: str, content: Any, **options: Any) -> str | None:
+        """Why a one-token request is refused; None where it is served. Raises ConsoleError where neither is so."""
+        try:
+            self._complete(model, content, max_tokens=1, **options)
+        except ConsoleError as error:
+            if error.status in (0, 401, 403, 408, 429, 502, 503, 504):  # these say nothing about the model
+                raise self._explained(error) from None
+            return str(error.what)
+        return None
+
+    def _complete(self, model: str, content: Any, **options: Any) -> Any:
+        body = {"model": model, "messages": [{"role": "user", "content": content}], **options}
+        headers = {**self._headers, "Content-Type": "application/json"}
+        data = json.dumps(body).encode()
+        with self._http.open("POST", "/chat/completions", data, headers, TRIAL_SECONDS) as response:
+            return json.load(response)
+
+    @staticmethod
+    def _context(entry: dict[str, Any]) -> int | None:
+        return next((int(entry[name]) for name in CONTEXT_NAMES if entry.get(name)), None)
+
+    def _explained(self, error: ConsoleError) -> ConsoleError:
         if error.status in (401, 403):
-            remedy = "set provider_api_key to the server's key; the kit's own is kit_secret_inference_api_key."
+            remedy = (
+                "set provider_api_key, in the site's secrets.yml, to the server's key. The kit's own server has "
+                "kit_secret_inference_api_key: `make deploy` sets it on both sides."
+            )
+        elif error.status in (408, 429, 502, 503, 504):
+            remedy = "the server is starting or has too much to do: run `make deploy` again in a minute."
         elif error.status:
             remedy = "provider_endpoint must be an OpenAI-compatible server's address, usually ending in /v1."
         else:
-            remedy = "start the server (`make logs SERVICE=inference` for the kit's own), or correct provider_endpoint."
-        raise ConsoleError(f"No model at {endpoint}: {error.what}", remedy, error.status) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConsoleError(
-            f"{endpoint}/models gives no list of models ({error}).",
-            "provider_endpoint must be an OpenAI-compatible server's address, usually ending in /v1.",
-        ) from None
+            host = urlsplit(self.url).hostname
+            remedy = (
+                f"start the server (`make logs SERVICE=inference` for the kit's own), or correct provider_endpoint; "
+                f"{host} must be reachable from the host that runs Dify."
+            )
+        return ConsoleError(f"No model at {self.url}: {error.what}", remedy, error.status)
 
 
 def choose(models: list[Served], name: str, endpoint: str) -> Served:
@@ -48,3 +160,7 @@ def choose(models: list[Served], name: str, endpoint: str) -> Served:
             return model
     listed = ", ".join(model.name for model in models) or "nothing"
     raise ConsoleError(f"{endpoint} does not serve {name!r} but {listed}.", "set provider_model to what it serves.")
+
+
+def _image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -156,6 +156,8 @@ def check_settings(
 def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
     """What the name promises: a port's range, a URL's form, a path that every program can be given."""
     name, value, where = setting.name, setting.value, setting.where
+    if name == "provider_api_key":
+        return _check_foreign_key(setting)
     if _is_secret(name, spec):
         return _check_secret(name, str(value), where)
     if name.endswith("_port") or name == "kit_port_base":
@@ -172,7 +174,8 @@ def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
             return [Problem(f"{name} is {_shown(value)}, which is not absolute.", where, "write it from / on.")]
         what = f"{name} is {_shown(value)}; it holds a character that some program would misread."
         return [Problem(what, where, "use letters, digits and . _ - + @ only.")]
-    if name.endswith(("_url", "_proxy", "_index", "_registry")) and name not in ("kit_no_proxy", "kit_go_proxy"):
+    urls = ("_url", "_proxy", "_index", "_registry", "provider_endpoint")
+    if name.endswith(urls) and name not in ("kit_no_proxy", "kit_go_proxy"):
         return _check_url(name, value, where) if value else []
     if name.endswith("_email") and not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s]+", value):
         return [Problem(f"{name} is {_shown(value)}, which is no e-mail address.", where, "write name@host.domain")]
@@ -215,6 +218,68 @@ def _check_secret(name: str, value: str, where: str) -> list[Problem]:
         what = f"{name} holds a character that would have to be quoted in a URL."
         return [Problem(what, where, "use letters, digits and . _ ~ - only, or delete the line for a generated one.")]
     return []
+
+
+def _check_foreign_key(setting: Setting) -> list[Problem]:
+    """A key that somebody else made: any form, but not where other users of the machine can read it."""
+    name, value = setting.name, str(setting.value)
+    remedy = f"write it into the site's group_vars/kit/secrets.yml as {name}: ..., and give it to the deploy there."
+    if value and setting.from_command_line:
+        what = f"{name} stands on the command line, which every user of this machine can read while the deploy runs."
+        return [Problem(what, setting.where, remedy)]
+    if not re.fullmatch(r"[!-~]*", value):
+        what = f"{name} holds a blank, a line break or a letter that HTTP cannot send."
+        return [Problem(what, setting.where, "copy the key anew, in quotes and on one line.")]
+    return []
+
+
+def check_key_file(name: str, path: str, mode: int) -> list[Problem]:
+    """A file in which a key stands is readable by its owner only."""
+    if mode & 0o077 == 0:
+        return []
+    what = f"{name} stands in a file that other users can read (mode {mode & 0o777:04o})."
+    return [Problem(what, path, f"move the line to group_vars/kit/secrets.yml, or chmod 600 {path}")]
+
+
+def check_provider(values: Mapping[str, Any], where: Mapping[str, str], package_is_there: bool) -> list[Problem]:
+    """The server that Dify asks and the plugin that speaks to it fit together.
+
+    ``values`` as a host sees them, ``where`` the places of those that the site sets.
+    """
+    problems: list[Problem] = []
+    if values.get("inference_endpoint") == "external":
+        place = where.get("inference_endpoint", "inference_endpoint")
+        for name, remedy in {
+            "provider_endpoint": "set it to the server's address, as https://host/v1 (or inference_endpoint: kit).",
+            "provider_model": "set it to one of the names that the server lists at /v1/models.",
+        }.items():
+            if not values.get(name):
+                problems.append(Problem(f"inference_endpoint is external, but {name} is empty.", place, remedy))
+    else:
+        for name in ("provider_endpoint", "provider_api_key", "provider_model"):
+            if name in where:
+                what = f"{name} is for a server that the kit doesn't run, but inference_endpoint is kit."
+                remedy = "set inference_endpoint: external to use that server, or delete the line to use the kit's own."
+                problems.append(Problem(what, where[name], remedy))
+    package = values.get("provider_package")
+    official = values.get("provider_plugin") == "official"
+    if package and not official:
+        what = "provider_package is the official plugin's, but provider_plugin is kit."
+        problems.append(
+            Problem(what, where.get("provider_package", ""), "set provider_plugin: official, or delete the line.")
+        )
+    elif package and not package_is_there:
+        what = f"provider_package names {package}, which is not there on this machine."
+        problems.append(Problem(what, where.get("provider_package", ""), "correct the path of the .difypkg."))
+    elif official and not package and not values.get("dify_source_marketplace"):
+        what = "provider_plugin is official, but nothing says where the plugin comes from."
+        remedy = (
+            "one of these:\n- provider_package: the .difypkg of langgenius/openai_api_compatible on this machine\n"
+            "- dify_source_marketplace: true, where the host reaches marketplace.dify.ai\n"
+            "- provider_plugin: kit, which needs neither"
+        )
+        problems.append(Problem(what, where.get("provider_plugin", ""), remedy))
+    return problems
 
 
 def check_distinct_secrets(secrets: Mapping[str, str], where: str) -> list[Problem]:

@@ -12,7 +12,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kit_console import Console, ConsoleError
 from ansible.module_utils.kit_files import FileProblem, apply, entry_from_dict
-from ansible.module_utils.kit_openai import choose, served_models
+from ansible.module_utils.kit_openai import Endpoint, Served
 
 DOCUMENTATION = r"""
 module: kit_dify_console
@@ -21,8 +21,11 @@ description:
   - Logs in once. A refused password is remembered and not sent again within a day, because Dify locks an account
     after five.
   - What people changed in Dify stays - another default model, another model of the sample app - and is reported.
+  - What this module registered before and the site no longer has (a model, its plugin) leaves Dify.
+  - What a model can do is asked of its server; Dify gets it in words, because it keeps what a plugin says for an hour.
   - Dify never shows a stored secret, so a fingerprint of what was set is kept in C(state_file).
-  - Returns C(changes), C(app_id), C(model), C(context) in tokens, C(vision), and C(url).
+  - Returns C(changes), C(app_id), C(model), C(context) in tokens, C(vision), C(images) (the most with one question;
+    0 where the model doesn't see), C(tools), and C(url).
 options:
   url: {type: str, required: true, description: "Where this host reaches Dify."}
   ca_file: {type: path, description: "Root certificates for https addresses."}
@@ -41,8 +44,8 @@ options:
     required: true
     description: "What kit_difypkg returned, and C(install_seconds)."
     options:
-      package: {type: path, required: true, description: Signed package.}
-      identifier: {type: str, required: true, description: "author/name:version@checksum."}
+      package: {type: path, description: "Signed package; none: the newest of Dify's marketplace, unless installed."}
+      identifier: {type: str, default: "", description: "author/name:version@checksum."}
       install_seconds: {type: int, default: 600, description: "How long its Python packages may take."}
   provider: {type: str, required: true, description: "author/plugin/provider."}
   model:
@@ -55,7 +58,11 @@ options:
       api_key: {type: str, required: true, description: "The server's key, may be empty."}
       context_size: {type: int, required: true, description: "In tokens; 0: what the server allows."}
       vision_support: {type: str, required: true, description: "auto, support or no_support."}
+      max_images: {type: int, required: true, description: "The most with one question; 0: what the server allows."}
       tool_calling: {type: str, required: true, description: "auto, support or no_support."}
+      modalities: {type: list, elements: str, default: [], description: "What the server must be able to: image."}
+      reasons: {type: bool, default: false, description: "Whether it thinks before it answers: then it gets room."}
+      proxies: {type: bool, default: false, description: "Whether the server is reached through the proxies."}
   app: {type: dict, required: true, description: "A chat app's description (Dify DSL); the model is filled in."}
   state_file: {type: path, required: true, description: "Fingerprints and ids of what was set. Mode 0600."}
   key_file: {type: path, required: true, description: "Receives DIFY_APP_KEY. Mode 0600."}
@@ -64,6 +71,9 @@ author: [Dify deployment kit]
 """
 
 CREDENTIAL_NAME = "dify-kit"
+OFFICIAL = "langgenius/openai_api_compatible/openai_api_compatible"
+# Tokens of an answer in the sample app; of one that comes after thoughts.
+ANSWER_TOKENS, THOUGHT_TOKENS = 512, 4096
 # Dify counts wrong passwords for a day and locks at five.
 REFUSED_SECONDS = 24 * 3600
 
@@ -74,9 +84,35 @@ def digest(*parts: str) -> str:
     return hashlib.scrypt(text, salt=b"dify-kit", n=2**12, r=8, p=1, dklen=32).hex()
 
 
+def credentials_for(provider: str, endpoint: str, api_key: str, model: Served, context: int) -> dict[str, str]:
+    """A model's settings in the words of its provider's form."""
+    if provider != OFFICIAL:
+        return {
+            "endpoint_url": endpoint,
+            "api_key": api_key,
+            "context_size": str(context),
+            "vision_support": "support" if model.images else "no_support",
+            "max_images": str(model.images or ""),
+            "tool_calling": "support" if model.tools else "no_support",
+        }
+    # Its own answers are 4096 tokens of context and no vision, whatever the server says; none is left to it.
+    return {
+        "endpoint_url": endpoint,
+        "api_key": api_key,
+        "mode": "chat",
+        "context_size": str(context),
+        "max_tokens_to_sample": str(context),
+        "vision_support": "support" if model.images else "no_support",
+        "function_calling_type": "tool_call" if model.tools else "no_call",
+        "stream_function_calling": "supported" if model.tools else "not_supported",
+        "stream_mode_delimiter": "\\n\\n",
+    }
+
+
 def summary(want: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """What people want to know of a workspace that is ready."""
-    sees = "sees images" if result.get("vision") else "text only"
+    images = result.get("images") or 0
+    sees = f"sees images ({images} with a question)" if images else "text only"
     return [
         *want["summary"],
         f"Model in Dify: {result['model']} at {want['model']['endpoint']}, context {result['context']} tokens, {sees}",
@@ -103,11 +139,8 @@ class Workspace:
 
     def run(self) -> None:
         """All steps. Raises ConsoleError at the first that fails; what was done stays done and recorded."""
-        name, endpoint = self.want["model"]["name"], self.want["model"]["endpoint"]
         try:
-            models = served_models(endpoint, self.want["model"]["api_key"], self.want["ca_file"])
-            served = choose(models, name, endpoint)
-            self.result.update(model=served.name, context=served.context)
+            served = self.served()
             if not self.admin():
                 return
         except ConsoleError as error:
@@ -117,11 +150,36 @@ class Workspace:
                 return
             raise
         self.plugin()
-        self.model(served.name, served.context)
+        self.model(served)
         self.default_model(served.name)
-        self.app(served.name)
+        self.app(served)
+        self.retire()
 
     # --- steps --------------------------------------------------------------------------------------------------------
+    def served(self) -> Served:
+        """The model with what it can do, as the server says and the site wants it."""
+        want = self.want["model"]
+        endpoint = Endpoint(want["endpoint"], want["api_key"], self.want["ca_file"], proxies=want["proxies"])
+        said = endpoint.model(want["name"])
+        if "image" in want["modalities"] and not said.images:
+            raise ConsoleError(
+                f"{said.name} at {want['endpoint']} should see images, but its server refuses even a small one.",
+                "`make logs SERVICE=inference` shows how the server was started and why it refuses.",
+            )
+        if not (want["context_size"] or said.context):
+            raise ConsoleError(
+                f"{want['endpoint']} does not tell how long a conversation with {said.name} may be.",
+                "set provider_context_size to the model's context length in tokens.",
+            )
+        images = min(said.images, want["max_images"] or said.images)
+        if want["vision_support"] != "auto":
+            images = 0 if want["vision_support"] == "no_support" else images or want["max_images"] or 1
+        tools = said.tools if want["tool_calling"] == "auto" else want["tool_calling"] == "support"
+        context = min(filter(None, [want["context_size"], said.context]))
+        served = Served(said.name, context, images, tools)
+        self.result.update(model=served.name, context=context, images=images, tools=tools)
+        return served
+
     def admin(self) -> bool:
         """Makes the admin or logs in. False where a check ends here because there is nobody to log in as."""
         admin = self.want["admin"]
@@ -151,33 +209,29 @@ class Workspace:
 
     def plugin(self) -> None:
         """Installs the plugin; another content than the installed one replaces it."""
-        wanted = self.want["plugin"]["identifier"]
-        found = self.console.installed_plugin("/".join(self.want["provider"].split("/")[:2]))
+        wanted, package = self.want["plugin"]["identifier"], self.want["plugin"]["package"]
+        plugin_id = _plugin(self.want["provider"])
+        found = self.console.installed_plugin(plugin_id)
         installed = found["plugin_unique_identifier"] if found else ""
-        if wanted and installed == wanted:
+        if (wanted and installed == wanted) or (installed and not package):
             return
-        self._changed("plugin", installed or "none", wanted or "packaged anew")
+        self._changed("plugin", installed or "none", wanted or f"{plugin_id}, packaged anew or of the marketplace")
         if self.check:
             return
+        if not package:
+            self.console.install_from_marketplace(plugin_id, self.want["plugin"]["install_seconds"])
+            return
         # Uploading checks the signature: a package that is refused leaves the installed one in place.
-        identifier = self.console.upload_plugin(Path(self.want["plugin"]["package"]))
+        identifier = self.console.upload_plugin(Path(package))
         if found:
             # The daemon's upgrade knows marketplace and GitHub packages only; Dify's own page does it this way too.
             self.console.uninstall_plugin(found["id"])
         self.console.install_plugin(identifier, self.want["plugin"]["install_seconds"])
 
-    def model(self, name: str, context: int | None) -> None:
+    def model(self, served: Served) -> None:
         """Registers the model and proves that Dify offers it."""
-        wanted = self.want["model"]
-        credentials = {
-            "endpoint_url": wanted["endpoint"],
-            "api_key": wanted["api_key"],
-            # Written down rather than left to the plugin: a server with another context is then seen at once, although
-            # Dify keeps what a plugin told it for an hour.
-            "context_size": str(wanted["context_size"] or context or ""),
-            "vision_support": wanted["vision_support"],
-            "tool_calling": wanted["tool_calling"],
-        }
+        name, context, wanted = served.name, int(served.context or 0), self.want["model"]
+        credentials = credentials_for(self.want["provider"], wanted["endpoint"], wanted["api_key"], served, context)
         provider = self.want["provider"]
         if self.check and self.changes:
             return  # what follows from changes that were not made cannot be asked
@@ -198,6 +252,8 @@ class Workspace:
             ours = self._ours(known)
             shown = self.console.model_credential(provider, name, ours)["credentials"]
             self._remember(credentials={"set": fingerprint, "shown": self._seen(shown)})
+        registered = self.state.get("registered", [])
+        self._remember(registered=registered if [provider, name] in registered else [*registered, [provider, name]])
         if ours and known["current_credential_id"] != ours:
             self._changed(f"credentials of {name}", str(known.get("current_credential_name")), CREDENTIAL_NAME)
             if self.check:
@@ -211,6 +267,10 @@ class Workspace:
             )
         self.result["vision"] = "vision" in (offered.get("features") or [])
         self.result["context"] = offered["model_properties"].get("context_size", context)
+        if served.images and not self.result["vision"]:
+            raise ConsoleError(
+                f"{name} sees images, but Dify does not know it.", "`make logs SERVICE=plugin-daemon` has the reason."
+            )
 
     def default_model(self, name: str) -> None:
         """Makes the model the default one unless people chose another."""
@@ -229,13 +289,13 @@ class Workspace:
             self.console.set_default_model(*wanted)
         self._remember(default_model=list(wanted))
 
-    def app(self, name: str) -> None:
+    def app(self, served: Served) -> None:
         """Imports the sample app once, follows the site's model, keeps a key for it."""
         if self.check and self.changes:
             return
-        dsl = self.want["app"]
-        vision = bool(self.result.get("vision"))
-        chosen = {"provider": self.want["provider"], "name": name, "vision": vision}
+        dsl, name = self.want["app"], served.name
+        tokens = min(int(served.context or 0) // 2, THOUGHT_TOKENS if self.want["model"]["reasons"] else ANSWER_TOKENS)
+        chosen = {"provider": self.want["provider"], "name": name, "images": served.images, "tokens": tokens}
         kept = self.state.get("app") or {}
         app_id = kept.get("id")
         app = self.console.app(app_id) if app_id else None
@@ -255,7 +315,9 @@ class Workspace:
             if kept.get("chosen") != chosen:
                 before = kept.get("chosen") or chosen
                 if (current["provider"], current["name"]) == (before["provider"], before["name"]):
-                    self._changed("sample app's model", current["name"], name + (", with images" if vision else ""))
+                    self._changed(
+                        "sample app's model", current["name"], name + (", with images" if served.images else "")
+                    )
                     if self.check:
                         return
                     self._choose(settings, chosen)
@@ -265,6 +327,33 @@ class Workspace:
         self._remember(app={"id": app_id, "chosen": chosen})
         self.result["app_id"] = app_id
         self._key(str(app_id))
+
+    def retire(self) -> None:
+        """Takes out of Dify what earlier runs registered and the site has no longer: models, plugins without one."""
+        if self.check and self.changes:
+            return
+        current = [self.want["provider"], self.result["model"]]
+        gone = [(provider, name) for provider, name in self.state.get("registered", []) if [provider, name] != current]
+        if not gone:
+            return
+        known = self.console.models()
+        for provider, name in gone:
+            if (provider, name) in known:
+                users = self.console.apps_with(provider, name)
+                if users:
+                    apps = ", ".join(users)
+                    self.notices.append(f"The model {name} is no longer served; choose another in these apps: {apps}.")
+                self._changed(f"model {name}", "registered", "gone: no longer served")
+                if not self.check:
+                    self.console.remove_model(provider, name)
+        for provider in {provider for provider, _ in gone} - {self.want["provider"]}:
+            left = [model for owner, model in known if owner == provider and (provider, model) not in gone]
+            installed = self.console.installed_plugin(_plugin(provider))
+            if installed and not left:
+                self._changed("plugin", str(installed["plugin_unique_identifier"]), "gone: the site uses another")
+                if not self.check:
+                    self.console.uninstall_plugin(installed["id"])
+        self._remember(registered=[current])
 
     def _key(self, app_id: str) -> None:
         """Keeps a valid key of the app in the key file."""
@@ -297,20 +386,23 @@ class Workspace:
 
     @staticmethod
     def _choose(settings: dict[str, Any], chosen: dict[str, Any]) -> None:
-        """Puts a model into a chat app's settings; images may be sent where it sees."""
-        settings["model"] = {**settings["model"], "provider": chosen["provider"], "name": chosen["name"]}
+        """Puts a model into a chat app's settings; images may be sent where it sees, as many as it takes."""
+        parameters = {**settings["model"].get("completion_params", {}), "max_tokens": chosen["tokens"]}
+        model = {"provider": chosen["provider"], "name": chosen["name"], "completion_params": parameters}
+        settings["model"] = {**settings["model"], **model}
+        vision, most = chosen["images"] > 0, max(1, chosen["images"])
         image = {
-            "enabled": chosen["vision"],
-            "number_limits": 3,
+            "enabled": vision,
+            "number_limits": most,
             "detail": "high",
             "transfer_methods": ["remote_url", "local_file"],
         }
         settings["file_upload"] = {
-            "enabled": chosen["vision"],
+            "enabled": vision,
             "allowed_file_types": ["image"],
             "allowed_file_extensions": [],
             "allowed_file_upload_methods": ["remote_url", "local_file"],
-            "number_limits": 3,
+            "number_limits": most,
             "image": image,
         }
 
@@ -335,6 +427,11 @@ class Workspace:
         os.replace(temporary, self._state_path)
 
 
+def _plugin(provider: str) -> str:
+    """`author/plugin` of `author/plugin/provider`."""
+    return "/".join(provider.split("/")[:2])
+
+
 def main() -> None:
     """Entry point."""
     text = {"type": "str", "required": True}
@@ -352,8 +449,8 @@ def main() -> None:
                 "type": "dict",
                 "required": True,
                 "options": {
-                    "package": {"type": "path", "required": True},
-                    "identifier": text,
+                    "package": {"type": "path"},
+                    "identifier": {"type": "str", "default": ""},
                     "install_seconds": {"type": "int", "default": 600},
                 },
             },
@@ -367,7 +464,11 @@ def main() -> None:
                     "api_key": {**text, "no_log": True},
                     "context_size": {"type": "int", "required": True},
                     "vision_support": text,
+                    "max_images": {"type": "int", "required": True},
                     "tool_calling": text,
+                    "modalities": {"type": "list", "elements": "str", "default": []},
+                    "reasons": {"type": "bool", "default": False},
+                    "proxies": {"type": "bool", "default": False},
                 },
             },
             "app": {"type": "dict", "required": True},

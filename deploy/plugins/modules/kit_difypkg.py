@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -20,10 +22,12 @@ short_description: Packages and signs a Dify plugin
 description:
   - Does it with the plugin daemon's own command line tool, once for each content and key.
   - The result's name is made from both, so an unchanged plugin is the same file.
+  - A package that is there already is taken as it is if Dify's makers signed it, and signed with the site's key if not.
   - Returns C(package), its path, and C(identifier), by which Dify and its plugin daemon know it
     (C(author/name:version@checksum of the content)).
 options:
-  source: {type: path, required: true, description: The plugin's folder on the controller.}
+  source: {type: path, description: The plugin's folder on the controller.}
+  package: {type: path, description: "Instead of a folder, a package on the host."}
   cli: {type: path, required: true, description: "The plugin daemon's command line tool, on the host."}
   signing_key: {type: path, required: true, description: "The site's private key, on the host."}
   cache: {type: path, required: true, description: "Folder for the results, on the host."}
@@ -76,7 +80,7 @@ def run(cli: Path, *arguments: str) -> str:
 
 
 def build(files: dict[str, bytes], cli: Path, key: Path, target: Path) -> None:
-    """Writes the signed package to `target`."""
+    """Writes the signed package of a plugin's files to `target`."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
         plugin, package = Path(folder, "plugin"), Path(folder, "plugin.difypkg")
@@ -85,9 +89,39 @@ def build(files: dict[str, bytes], cli: Path, key: Path, target: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         run(cli, "plugin", "package", str(plugin), "-o", str(package))
-        # Not one of Dify's own: the daemon trusts it for the site's key, not for this word.
-        run(cli, "signature", "sign", str(package), "-p", str(key), "-c", "community")
-        os.replace(package.with_name("plugin.signed.difypkg"), target)
+        sign(package, cli, key, target)
+
+
+def sign(package: Path, cli: Path, key: Path, target: Path) -> None:
+    """Signs a package with the site's key; `package` is alone in its folder."""
+    # Not one of Dify's own: the daemon trusts it for the site's key, not for this word.
+    run(cli, "signature", "sign", str(package), "-p", str(key), "-c", "community")
+    os.replace(package.with_name(f"{package.stem}.signed.difypkg"), target)
+
+
+def adopt(content: bytes, cli: Path, key: Path, target: Path) -> None:
+    """Writes somebody's package to `target`: as it is if Dify's makers signed it, else signed with the site's key."""
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
+        package = Path(folder, "plugin.difypkg")
+        package.write_bytes(content)
+        official = subprocess.run([str(cli), "signature", "verify", str(package)], capture_output=True, check=False)
+        if official.returncode == 0:
+            os.replace(package, target)
+        else:
+            sign(package, cli, key, target)
+
+
+def manifest_of(content: bytes) -> str:
+    """The manifest.yaml of a package."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.read("manifest.yaml").decode()
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise PackageError(
+            f"provider_package is no plugin package ({error}).\n"
+            "Remedy: name a .difypkg, as the marketplace's page of the plugin or `dify plugin package` gives it."
+        ) from None
 
 
 def checksum(cli: Path, package: Path) -> str:
@@ -103,18 +137,27 @@ def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={
-            "payload": {"type": "str", "required": True, "no_log": True},
+            "payload": {"type": "str", "no_log": True},
+            "package": {"type": "path"},
             "cli": {"type": "path", "required": True},
             "signing_key": {"type": "path", "required": True, "no_log": False},
             "cache": {"type": "path", "required": True},
         },
         supports_check_mode=True,
+        required_one_of=[("payload", "package")],
     )
     cli, key, cache = (Path(module.params[name]) for name in ("cli", "signing_key", "cache"))
-    packed = json.loads(zlib.decompress(base64.b64decode(module.params["payload"])))
-    files = {name: base64.b64decode(content) for name, content in packed.items()}
     try:
-        name = identity(files["manifest.yaml"].decode())
+        if module.params["package"]:
+            given = Path(module.params["package"])
+            if module.check_mode and not given.is_file():
+                module.exit_json(changed=True, package="", identifier="", msg=f"{given} would be sent first")
+            files = {"": given.read_bytes()}
+            name = identity(manifest_of(files[""]))
+        else:
+            packed = json.loads(zlib.decompress(base64.b64decode(module.params["payload"])))
+            files = {name: base64.b64decode(content) for name, content in packed.items()}
+            name = identity(files["manifest.yaml"].decode())
         for path in (cli, key):
             if not path.is_file():
                 if module.check_mode:
@@ -126,7 +169,10 @@ def main() -> None:
         if changed and module.check_mode:
             module.exit_json(changed=True, package=str(package), identifier="")
         if changed:
-            build(files, cli, key, package)
+            if module.params["package"]:
+                adopt(files[""], cli, key, package)
+            else:
+                build(files, cli, key, package)
             record.write_text(f"{name}@{checksum(cli, package)}\n")
         module.exit_json(changed=changed, package=str(package), identifier=record.read_text().strip())
     except PackageError as error:
