@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +81,52 @@ def server_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     return venv
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """vLLM's CPU build in its locked environment, and smollm2-135m's weights."""
+
+    python: Path
+    weights: Path
+
+
+def python312(uv: str) -> str:
+    """A Python 3.12 that starts: one that uv knows, or pyenv's; empty without any."""
+    find = [uv, "python", "find", "--no-project", "3.12"]
+    known = subprocess.run(find, capture_output=True, text=True).stdout.strip()
+    for path in [known, *map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python3.12"))]:
+        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
+            return path
+    return ""
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Installed once for all modules: 5 GB, one to two minutes.
+
+    While a test is written, KIT_TEST_ENGINE names the folder `inference` of a deployed kit_home to use instead.
+    """
+    if deployed := os.environ.get("KIT_TEST_ENGINE"):
+        [interpreter] = Path(deployed).glob("venv-*/bin/python")
+        [weights] = Path(deployed).glob("models/smollm2-135m-*")
+        yield Engine(interpreter, weights)
+        return
+    uv = str(Path(sys.executable).with_name("uv"))
+    python = python312(uv)
+    if not python:
+        pytest.skip("no Python 3.12 on this machine, which the engine's lock is for")
+    root = tmp_path_factory.mktemp("engine")
+    venv, weights = root / "venv", root / "models" / "m-1"
+    install = [python, "-m", "inference", "install", f"--lock={REPO}/inference/locks/cpu.txt", f"--venv={venv}"]
+    prepare = [f"{venv}/bin/python", "-m", "inference", "prepare", "smollm2-135m"]
+    for step in (install, [*prepare, f"--output={weights}", f"--cache={root}/cache"]):
+        begin = time.monotonic()
+        done = subprocess.run([*step, "--uv", uv], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(f"{step[3]}: {time.monotonic() - begin:.0f} s")
+    yield Engine(venv / "bin" / "python", weights)
+    shutil.rmtree(root)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +23,8 @@ import pytest
 
 from inference.engine import engine_processes
 
-REPO = Path(__file__).resolve().parents[2]
+from .conftest import Engine
+
 KEY = "integration-test-key"
 MODEL = "smollm2-135m"
 CAPITAL = "What is the capital of France?"
@@ -83,36 +83,10 @@ class Server:
         return str(json.loads(text)["choices"][0]["message"]["content"])
 
 
-def python312(uv: str) -> str:
-    """A Python 3.12 that starts: one that uv knows, or pyenv's; empty without any."""
-    known = subprocess.run(
-        [uv, "python", "find", "--no-project", "3.12"], capture_output=True, text=True
-    ).stdout.strip()
-    for path in [known, *map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python3.12"))]:
-        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
-            return path
-    return ""
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    uv = str(Path(sys.executable).with_name("uv"))
-    python = python312(uv)
-    if not python:
-        pytest.skip("no Python 3.12 on this machine, which the engine's lock is for")
+def server(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("inference")
-    venv, weights = root / "venv", root / "models" / "m-1"
-    steps = [
-        [python, "-m", "inference", "install", f"--lock={REPO}/inference/locks/cpu.txt", f"--venv={venv}", "--uv", uv],
-        [f"{venv}/bin/python", "-m", "inference", "prepare", MODEL, f"--output={weights}", f"--cache={root}/cache"],
-    ]
-    steps[1] += ["--uv", uv]
-    for step in steps:
-        begin = time.monotonic()
-        done = subprocess.run(step, cwd=REPO, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        print(f"{step[3]}: {time.monotonic() - begin:.0f} s")
-    running = Server(root, venv / "bin" / "python", weights)
+    running = Server(root, engine.python, engine.weights)
     print(f"ready: {running.start():.0f} s")
     yield running
     running.process.send_signal(signal.SIGTERM)

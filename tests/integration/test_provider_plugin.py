@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_inference import python312
+from tests.integration.conftest import python312
 
 PLUGIN = Path(__file__).resolve().parents[2] / "inference" / "provider_plugin"
 KEY = "model-key-0123456789"
