@@ -21,7 +21,9 @@ def test_entries_are_whole(model_id: str) -> None:
     model = catalog.load(model_id)
     assert model.id == model_id
     assert model.engines
-    assert len(model.weights.sha256) == 64
+    assert model.engines.keys() <= {"cpu", "cuda"}
+    assert model.weights is None or len(model.weights.sha256) == 64
+    assert all(engine.dtype == engine.dtypes[0] for engine in model.engines.values())
 
 
 def test_unknown_model_names_the_known_ones() -> None:
@@ -64,5 +66,27 @@ def test_not_a_mapping(raw: object) -> None:
 
 
 def test_hardware_it_does_not_run_on() -> None:
-    with pytest.raises(Problem, match=r"does not run on cuda.*knows cpu"):
-        catalog.load("smollm2-135m").engine("cuda")
+    with pytest.raises(Problem, match=r"does not run on cpu.*knows cuda"):
+        catalog.load("kimi-vl-a3b-instruct").engine("cpu")
+
+
+def test_what_nobody_has_seen_is_not_verified() -> None:
+    raw = entry()
+    raw["repositories"]["huggingface"] = {"name": "a/b", "revision": None, "verified": True}
+    raw["repositories"]["modelscope"] = {"name": "a/b", "revision": "main", "verified": False}
+    raw["repositories"]["elsewhere"] = {"name": "a/b", "verified": False}
+    with pytest.raises(Problem) as caught:
+        catalog.parse("m", raw, "m.yml")
+    for part in (
+        "huggingface.verified is true, but there is no revision",
+        "modelscope.revision must be a commit of 40 hex digits, not 'main'",
+        "elsewhere is not one of huggingface, modelscope",
+    ):
+        assert part in str(caught.value)
+
+
+def test_images_belong_to_models_that_see() -> None:
+    raw = entry()
+    raw["modalities"].append("image")
+    with pytest.raises(Problem, match="images must be there if, and only if, modalities has image"):
+        catalog.parse("m", raw, "m.yml")
