@@ -135,9 +135,11 @@ def summary(folder: Path, run: dict[str, Any], seconds: float) -> str:
 def on_hosts(folder: Path, arguments: list[str]) -> int:
     """Run the host's own ``kitctl`` as the service user, the terminal connected; the worst exit status."""
     worst = 0
-    for name, host in site_state(folder)["hosts"].items():
+    state = site_state(folder)
+    hosts = state["hosts"] | state.get("workers", {})
+    for name, host in hosts.items():
         command = as_service_user(host, [f"{host['kit_home']}/runtime/bin/kitctl", *arguments])
-        if len(site_state(folder)["hosts"]) > 1:
+        if len(hosts) > 1:
             print(f"--- {name}")
         worst = max(worst, subprocess.run(command).returncode)
     return worst

@@ -91,7 +91,8 @@ def serve(model: Model, settings: Settings) -> None:
         Problem: no key, no weights, or settings that contradict the model.
     """
     argv = command(model, settings)
-    if not os.environ.get("VLLM_API_KEY"):
+    has_api = settings.node is None or settings.node.rank == 0
+    if has_api and not os.environ.get("VLLM_API_KEY"):
         raise Problem("VLLM_API_KEY is empty: anybody could use the model. Remedy: start it with its env file.")
     if not (settings.weights / "config.json").is_file():
         raise Problem(f"There are no weights in {settings.weights}. Remedy: run `make deploy`.")

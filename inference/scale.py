@@ -127,7 +127,7 @@ def nodes(
         Problem: hosts that do not go together, no common network, or a backend that cannot be.
     """
     if len(hosts) < 2:
-        raise Problem("A model across hosts needs two hosts or more in the group `inference`. Remedy: add some.")
+        raise Problem("A model across hosts needs two hosts or more. Remedy: add some to the group inference_workers.")
     if backend not in BACKENDS:
         raise Problem(f"inference_nodes_backend is {backend!r}. Remedy: one of {', '.join(BACKENDS)}.")
     gpus = {host.name: host.gpus for host in hosts}
@@ -193,7 +193,7 @@ def common_network(hosts: Sequence[Host], interface: str = "") -> dict[str, Inte
     )
     named = f" called {interface}" if interface else ""
     raise Problem(
-        f"The hosts of the group `inference` share no network{named} ({have}). "
+        f"The hosts of the model share no network{named} ({have}). "
         "Remedy: name the interface that connects them (inference_interface), or put them into one network."
     )
 

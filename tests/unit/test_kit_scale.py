@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
+
+from inference import scale
 
 FILE = Path(__file__).resolve().parents[2] / "deploy/plugins/filter/kit_scale.py"
 SPEC = importlib.util.spec_from_file_location("kit_scale", FILE)
@@ -46,12 +49,47 @@ def test_ports_of_replicas() -> None:
 
 def test_nodes_by_host() -> None:
     hosts = {"one": facts("192.0.2.11"), "two": facts("192.0.2.12")}
-    found = kit_scale.nodes(hosts, ["one", "two"], 17810)
+    found = kit_scale.nodes(hosts, ["one", "two"], ["two"], 17810)
     assert (found["one"]["rank"], found["two"]["rank"]) == (0, 1)
     assert found["two"]["master_address"] == "192.0.2.11"
     assert (found["two"]["tensor_parallel"], found["two"]["pipeline_parallel"]) == (4, 2)
 
 
-def test_a_problem_is_told_as_it_stands() -> None:
-    with pytest.raises(AnsibleFilterError, match="two hosts or more"):
-        kit_scale.nodes({"one": facts("192.0.2.11")}, ["one"], 17810)
+@pytest.mark.parametrize(
+    ("kit", "workers", "says"),
+    [
+        (["one", "two"], ["one", "two"], "there are 0"),
+        (["one", "two", "three"], ["three"], r"there are 2 \(one, two\)"),
+    ],
+)
+def test_a_problem_is_told_as_it_stands(kit: list[str], workers: list[str], says: str) -> None:
+    with pytest.raises(AnsibleFilterError, match=says):
+        kit_scale.nodes({name: facts("192.0.2.11") for name in kit}, kit, workers, 17810)
+
+
+@pytest.mark.parametrize(
+    ("backend", "first", "second"),
+    [("mp", ["inference"], ["inference"]), ("ray", ["inference-ray", "inference"], ["inference-ray"])],
+)
+def test_services_of_nodes(backend: str, first: list[str], second: list[str]) -> None:
+    hosts = {"one": facts("192.0.2.11"), "two": facts("192.0.2.12")}
+    found = kit_scale.nodes(hosts, ["one", "two"], ["two"], 17810, backend=backend)
+    engine = {"name": "inference", "command": ["serve"], "ready": {"command": ["ready"]}}
+    services = {name: kit_scale.node_services(engine, node, "/v/bin/ray") for name, node in found.items()}
+    assert [service["name"] for service in services["one"]] == first
+    assert [service["name"] for service in services["two"]] == second
+    assert services["one"][-1]["ready"] == {"command": ["ready"]}
+    node = services["one"][-1]["command"][-1].removeprefix("--node=")
+    assert scale.Node(**json.loads(node)).rank == 0
+    assert "ready" not in services["two"][-1]
+
+
+def test_how_a_worker_is_reached() -> None:
+    variables = {"kit_user": "k", "kit_home": "/k", "kit_become": False, "inventory_hostname": "two"}
+    assert kit_scale.worker(variables) == {
+        "kit_user": "k",
+        "kit_home": "/k",
+        "become": False,
+        "connection": "ssh",
+        "address": "two",
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,27 +48,66 @@ def replica_ports(first_port: int, count: int, metrics_port: int) -> dict[str, i
 
 def nodes(
     hosts: Mapping[str, Mapping[str, Any]],
-    names: Sequence[str],
+    kit: Sequence[str],
+    workers: Sequence[str],
     master_port: int,
     interface: str = "",
     pipeline_parallel: int = 0,
     backend: str = "mp",
 ) -> dict[str, dict[str, Any]]:
-    """``hostvars | kit_nodes(names, ...)``: each host's part by its name, as ``python -m inference serve`` reads it.
+    """``hostvars | kit_nodes(kit, workers, ...)``: each host's part by its name, for ``inference serve --node``.
 
     The hosts' facts must have been gathered with the subset `network`. ``inference_gpus`` of a host counts its GPUs.
     """
-    parts = [
-        scale.Host(name, int(hosts[name].get("inference_gpus") or 0), scale.interfaces(hosts[name]["ansible_facts"]))
-        for name in names
-    ]
     try:
+        if len(first := [name for name in kit if name not in workers]) != 1:
+            raise Problem(
+                f"The hosts of `inference_workers` serve the model of one host of `kit`, there are {len(first)} "
+                f"({', '.join(first)}). Remedy: a site of its own for each model."
+            )
+        parts = [
+            scale.Host(
+                name, int(hosts[name].get("inference_gpus") or 0), scale.interfaces(hosts[name]["ansible_facts"])
+            )
+            for name in [*first, *workers]
+        ]
         found = scale.nodes(
             parts, int(master_port), interface=interface, pipeline_parallel=int(pipeline_parallel), backend=backend
         )
     except Problem as problem:
         raise AnsibleFilterError(str(problem)) from None
     return {node.host: dataclasses.asdict(node) for node in found}
+
+
+def node_services(engine: Mapping[str, Any], node: Mapping[str, Any], ray: str) -> list[dict[str, Any]]:
+    """``engine | kit_node_services(node, ray)``: what runs on one of a model's hosts, entries of kit_services.
+
+    ``ray`` is the path of Ray's command. Only the node of rank 0 has an API to be asked whether it is ready.
+    """
+    here = scale.Node(**node)
+    services = []
+    if here.backend == "ray":
+        ready = {"tcp": here.master_port} if here.rank == 0 else None
+        service = {"name": "inference-ray", "command": scale.ray_command(here, ray), "priority": 29}
+        services.append(service | ({"ready": ready} if ready else {}))
+    if scale.runs_engine(here):
+        service = {**engine, "command": [*engine["command"], f"--node={json.dumps(node)}"]}
+        if here.rank:
+            del service["ready"]
+        services.append(service)
+    return services
+
+
+def worker(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """``hostvars[name] | kit_worker``: how the controller reaches a host that only calculates."""
+    local = variables.get("ansible_connection") == "local"
+    known = {name: variables[name] for name in ("kit_user", "kit_home")}
+    return {
+        **known,
+        "connection": "local" if local else "ssh",
+        "address": variables.get("ansible_host") or variables["inventory_hostname"],
+        "become": bool(variables["kit_become"]),
+    }
 
 
 def target(port: int, job: str, bind: str = "127.0.0.1", path: str = "/metrics") -> dict[str, Any]:
@@ -84,5 +124,7 @@ class FilterModule:
             "kit_replicas": replicas,
             "kit_replica_ports": replica_ports,
             "kit_nodes": nodes,
+            "kit_node_services": node_services,
+            "kit_worker": worker,
             "kit_target": target,
         }
