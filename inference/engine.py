@@ -79,7 +79,7 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
         # Its sockets; in /tmp they would pile up with every restart.
         "TMPDIR": str(settings.state / "tmp"),
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine(settings.hardware).kv_cache_gib),
-        **scale.share(*settings.replica, gpus=0, cores=sorted(os.sched_getaffinity(0))),
+        **scale.share(*settings.replica, gpus=(), cores=sorted(os.sched_getaffinity(0))),
         **(scale.environment(settings.node) if settings.node else {}),
     }
 

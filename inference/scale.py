@@ -57,13 +57,15 @@ class Node:
     backend: str = "mp"
 
 
-def share(index: int, count: int, gpus: int, cores: Sequence[int], tensor_parallel: int = 1) -> dict[str, str]:
+def share(
+    index: int, count: int, gpus: Sequence[int], cores: Sequence[int], tensor_parallel: int = 1
+) -> dict[str, str]:
     """The environment that gives one of ``count`` engines on a host its share of it.
 
     Args:
         index: which engine, from 1.
         count: how many there are; a single one gets all there is.
-        gpus: GPUs of the host; 0 for vLLM's CPU build.
+        gpus: the GPUs that the kit may use, by number; none for vLLM's CPU build.
         cores: the processor cores that the kit may use, by number; shared out on the CPU build only.
         tensor_parallel: GPUs that one engine needs.
 
@@ -72,10 +74,11 @@ def share(index: int, count: int, gpus: int, cores: Sequence[int], tensor_parall
     """
     if not 1 <= index <= count:
         raise Problem(f"There is no engine {index} of {count}. Remedy: inference_replicas must be 1 or more.")
-    if gpus and count * tensor_parallel > gpus:
+    if gpus and count * tensor_parallel > len(gpus):
         raise Problem(
-            f"{count} replicas with {tensor_parallel} GPUs each need {count * tensor_parallel}, this host has {gpus}. "
-            f"Remedy: inference_replicas: {max(1, gpus // tensor_parallel)}, or a model that needs fewer GPUs."
+            f"{count} replicas with {tensor_parallel} GPUs each need {count * tensor_parallel}, the kit may use "
+            f"{len(gpus)} here. "
+            f"Remedy: inference_replicas: {max(1, len(gpus) // tensor_parallel)}, or a model that needs fewer GPUs."
         )
     if not gpus and count > len(cores):
         raise Problem(
@@ -84,7 +87,7 @@ def share(index: int, count: int, gpus: int, cores: Sequence[int], tensor_parall
         )
     if gpus:
         first = (index - 1) * tensor_parallel
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + tensor_parallel)))}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[first : first + tensor_parallel]))}
     if count == 1:
         return {}
     # Left alone, each engine pins its threads to the same cores as its neighbours. Cores side by side share caches.

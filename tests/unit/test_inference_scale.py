@@ -41,7 +41,7 @@ def host(name: str, last: int, gpus: int = 8, *, infiniband: bool = True) -> Hos
     ],
 )
 def test_replicas_have_gpus_of_their_own(count: int, gpus: int, tensor_parallel: int, shares: list[str]) -> None:
-    found = [scale.share(index + 1, count, gpus, range(64), tensor_parallel) for index in range(count)]
+    found = [scale.share(index + 1, count, range(gpus), range(64), tensor_parallel) for index in range(count)]
     assert found == [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
 
 
@@ -55,12 +55,17 @@ def test_replicas_have_gpus_of_their_own(count: int, gpus: int, tensor_parallel:
     ],
 )
 def test_replicas_on_a_processor_share_its_cores(count: int, cores: list[int], shares: list[str]) -> None:
-    found = [scale.share(index + 1, count, 0, cores) for index in range(count)]
+    found = [scale.share(index + 1, count, [], cores) for index in range(count)]
     assert found == [{"VLLM_CPU_OMP_THREADS_BIND": share} for share in shares]
 
 
+def test_only_the_gpus_that_the_kit_may_use_are_shared() -> None:
+    found = [scale.share(index, 2, [1, 3, 5, 6], range(64), 2) for index in (1, 2)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": "1,3"}, {"CUDA_VISIBLE_DEVICES": "5,6"}]
+
+
 def test_a_single_engine_keeps_the_whole_processor() -> None:
-    assert scale.share(1, 1, 0, range(8)) == {}
+    assert scale.share(1, 1, [], range(8)) == {}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_a_single_engine_keeps_the_whole_processor() -> None:
 )
 def test_too_many_replicas(index: int, count: int, gpus: int, cores: int, tensor_parallel: int, says: str) -> None:
     with pytest.raises(Problem, match=says):
-        scale.share(index, count, gpus, range(cores), tensor_parallel)
+        scale.share(index, count, range(gpus), range(cores), tensor_parallel)
 
 
 def test_ranges() -> None:
