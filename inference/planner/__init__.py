@@ -1,0 +1,9 @@
+"""The memory planner: what a model takes of a card, and which settings of the engine make the best of the rest.
+
+``plan(model, card, gpus)`` decides; the rest counts. Nothing here needs a GPU, or the engine.
+"""
+
+from inference.planner.cards import Card, card, known, on_host
+from inference.planner.choice import GOALS, Plan, Wishes, plan
+
+__all__ = ["GOALS", "Card", "Plan", "Wishes", "card", "known", "on_host", "plan"]
