@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inference import catalog, engine, probe
 from inference.catalog import Model
+from inference.planner import Card, on_host, plan
 from inference.problem import Problem
 
 PLAIN = "vllm serve"
@@ -141,9 +142,16 @@ def plain_server(model: Model, weights: Path, state: Path, port: int, ready_seco
             os.kill(pid, signal.SIGKILL)
 
 
-def floor_ms(active_bytes: float, bytes_a_second: float) -> float:
-    """The least time between two tokens: every active weight is read once for each, from the card's memory."""
-    return active_bytes / bytes_a_second * 1000
+def floor_ms(model: Model, host: Callable[[], tuple[Card, int]] = on_host) -> float | None:
+    """The least time between two tokens of a lone answer: every active weight is read once for each.
+
+    None without a GPU, or for one whose memory's speed the planner does not know.
+    """
+    try:
+        card, gpus = host()
+    except Problem:
+        return None
+    return plan(model, card, gpus).least_seconds_a_token * 1000 or None
 
 
 def table(results: Mapping[str, Mapping[str, Any]], floor: float | None = None) -> str:
@@ -199,7 +207,7 @@ def report(options: argparse.Namespace) -> None:
         results[way.name] = _told(way, options, load)
     print(
         f"{load.questions} questions of {load.question_tokens} tokens, {load.at_a_time} at a time, answers of "
-        f"{load.answer_tokens} tokens; {model.id}\n\n{table(results)}"
+        f"{load.answer_tokens} tokens; {model.id}\n\n{table(results, floor_ms(model))}"
     )
 
 

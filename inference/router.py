@@ -56,6 +56,9 @@ def settings(
         "cb_failure_threshold": 1,
         "cb_success_threshold": 1,
         "cb_timeout_duration_secs": 2 * HEALTH_SECONDS,
+        # A conversation stays with the engine that has it in its cache until that one has so many questions more than
+        # another. The router's own 64 is for big GPUs: on a small one they would wait in line beside an idle engine.
+        "balance_abs_threshold": 4,
         # Attempts in all. A question that kills an engine must not be carried to every one of them.
         "retry_max_retries": min(len(workers), 3),
         "retry_initial_backoff_ms": 50,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deploy import kit
-from inference import bench, cli
+from inference import bench, catalog, cli, planner
 from inference.bench import Load, Way
 from inference.problem import Problem
 
@@ -53,10 +53,18 @@ def test_without_a_plain_server_there_are_no_ratios() -> None:
 
 
 def test_the_floor_of_a_card() -> None:
-    # 5.6 GB of active weights on an A100 (1,555 GB/s).
-    floor = bench.floor_ms(5.6e9, 1.555e12)
-    assert floor == pytest.approx(3.6, abs=0.01)
-    assert bench.table({bench.PLAIN: PLAIN}, floor).splitlines()[2].endswith("| 16.7 | 0 |")
+    # 2.9 billion active parameters of 2 bytes on an A100 (1,555 GB/s).
+    floor = bench.floor_ms(catalog.load("kimi-vl-a3b-instruct"), lambda: (planner.card("a100-40g"), 1))
+    assert floor
+    assert floor == pytest.approx(3.4, abs=0.5)
+    assert bench.table({bench.PLAIN: PLAIN}, floor).splitlines()[2].endswith(f"| {60 / floor:.1f} | 0 |")
+
+
+def test_no_floor_without_a_gpu() -> None:
+    def none() -> tuple[planner.Card, int]:
+        raise Problem("No GPU can be seen on this host.")
+
+    assert bench.floor_ms(catalog.load("kimi-vl-a3b-instruct"), none) is None
 
 
 def test_no_key_on_the_command_line() -> None:
