@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--python", default=os.path.realpath(sys.executable))
 
     one = commands.add_parser(
-        "fetch", aliases=["prepare"], help="fetch a model's weights; go on where an earlier fetch was cut off"
+        "fetch", help="fetch a model's weights; go on where an earlier fetch was cut off"
     )
     one.add_argument("model")
     one.add_argument("--output", type=Path, help="folder to make, default models/MODEL; its name is the cache's key")
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     match options.command:
         case "install":
             install(options.lock, options.venv, options.uv, options.python)
-        case "fetch" | "prepare":
+        case "fetch":
             fetch(options)
         case "serve":
             model = catalog.load(options.model)

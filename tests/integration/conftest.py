@@ -119,8 +119,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     root = tmp_path_factory.mktemp("engine")
     venv, weights = root / "venv", root / "models" / "m-1"
     install = [python, "-m", "inference", "install", f"--lock={REPO}/inference/locks/cpu.txt", f"--venv={venv}"]
-    prepare = [f"{venv}/bin/python", "-m", "inference", "prepare", "smollm2-135m"]
-    for step in (install, [*prepare, f"--output={weights}", f"--cache={root}/cache"]):
+    fetch = [f"{venv}/bin/python", "-m", "inference", "fetch", "smollm2-135m"]
+    for step in (install, [*fetch, f"--output={weights}", f"--cache={root}/cache"]):
         begin = time.monotonic()
         done = subprocess.run([*step, "--uv", uv], cwd=REPO, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

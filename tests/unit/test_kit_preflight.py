@@ -13,6 +13,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,27 @@ def test_only_what_missing_parts_need_is_asked(registry: Any, findings: Findings
     kit_preflight.check_sources(findings, missing, sources, me, ENVIRONMENT)
     assert registry.asked == ["/pypi/page"]
     assert findings.problems == []
+
+
+def test_one_of_several_addresses_will_do(registry: Any, findings: Findings, me: Account, tmp_path: Path) -> None:
+    part = Part("model weights", ["/nowhere"], sources=["PyPI"])
+    source = replace(http_source("http://127.0.0.1:1/hub"), others=[f"{registry.url}/page", "http://127.0.0.1:1/never"])
+    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT)
+    assert findings.problems == []
+    file = tmp_path / "config.json"
+    source = replace(source, others=[str(file)])
+    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT)
+    assert "none of its 2 addresses will do (http://127.0.0.1:1/hub: Connection refused; " in only(findings).what
+    assert f"{file}: {me.name} cannot read that file" in only(findings).what
+    file.touch()
+    findings.problems.clear()
+    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT)
+    assert findings.problems == []
+
+
+def test_a_page_that_strangers_may_not_see(registry: Any) -> None:
+    source = http_source(f"{registry.url}/other")
+    assert kit_preflight.ask_http(replace(source, fine=[404]), {}).fault == ""
 
 
 @pytest.fixture

