@@ -92,7 +92,7 @@ def deploy(folder: Path, arguments: list[str]) -> int:
     status, run = playbook(folder, "site", arguments)
     if status:
         steps = [step["name"] for step in run.get("steps", [])]
-        untouched = bool(run) and set(steps) <= {"preflight", "site"} and not run["changed"]
+        untouched = bool(run) and set(steps) <= {"preflight", "site", "provider"} and not run["changed"]
         print("\nNothing was changed." if untouched else "\nOnce it is mended, `make deploy` goes on from here.")
         return MEND
     if "--check" in arguments:

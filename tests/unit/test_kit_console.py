@@ -251,7 +251,7 @@ def deploy(dify: FakeDify, tmp_path: Path) -> Callable[..., Workspace]:
                 "tool_calling": "auto",
                 "modalities": [],
                 "reasons": False,
-                "proxies": False,
+                "external": False,
             },
             "app": {"app": {"name": "Sample"}, "model_config": {"model": {"mode": "chat"}}},
             "state_file": str(tmp_path / "etc/provider.json"),
@@ -400,10 +400,12 @@ def test_a_dead_model_is_refused_with_its_reason(dify: FakeDify, deploy: Callabl
     dify.dead_model = True
     with pytest.raises(ConsoleError, match=r"Connection refused(.|\n)*Remedy: .*provider_endpoint"):
         deploy()
-    with pytest.raises(ConsoleError, match=r"No model at http://127.0.0.1:9(.|\n)*Remedy: start the server"):
+    with pytest.raises(ConsoleError, match=r"No model at http://127.0.0.1:9(.|\n)*Remedy: `make logs"):
         deploy(model={"endpoint": "http://127.0.0.1:9/v1"})
+    with pytest.raises(ConsoleError, match=r"Remedy: start it, or .*must reach 127.0.0.1"):
+        deploy(model={"endpoint": "http://127.0.0.1:9/v1", "external": True})
     with pytest.raises(ConsoleError, match=r"Remedy: set provider_api_key, in the site's secrets\.yml"):
-        deploy(model={"api_key": "wrong"})
+        deploy(model={"api_key": "wrong", "external": True})
 
 
 def test_waits_for_a_starting_api_but_not_for_ever(dify: FakeDify) -> None:
@@ -507,7 +509,7 @@ def test_a_marketplace_that_has_no_answer(deploy: Callable[..., Workspace]) -> N
 
 
 def test_the_pictures_tokens_are_counted(dify: FakeDify) -> None:
-    model = {"name": "smol", "endpoint": f"{dify.url}/v1", "api_key": "model-key-0123456789", "proxies": False}
+    model = {"name": "smol", "endpoint": f"{dify.url}/v1", "api_key": "model-key-0123456789", "external": False}
     answer = Answer("<think>Hm.</think>A circle.", "v", 1.0, 0.5, 4, 100)
     assert image_tokens("Which?", answer, model, None) == 80
     lines = asked("Which?", answer, Path("/x/shapes.png"), 80)

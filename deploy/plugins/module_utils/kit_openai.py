@@ -51,12 +51,13 @@ class Served:
 class Endpoint:
     """An OpenAI-compatible server at `url` (with its /v1).
 
-    Servers of this host and its network are reached directly; `proxies` takes those of the environment.
+    The kit's own is reached directly; one that is `external`, through the proxies of the environment.
     """
 
-    def __init__(self, url: str, api_key: str, ca_file: str | None = None, *, proxies: bool = False) -> None:
+    def __init__(self, url: str, api_key: str, ca_file: str | None = None, *, external: bool = False) -> None:
         self.url = url.rstrip("/")
-        self._http = Http(self.url, ca_file, proxies=urllib.request.getproxies() if proxies else {})
+        self.external = external
+        self._http = Http(self.url, ca_file, proxies=urllib.request.getproxies() if external else {})
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def models(self) -> list[Served]:
@@ -134,20 +135,18 @@ class Endpoint:
 
     def _explained(self, error: ConsoleError) -> ConsoleError:
         if error.status in (401, 403):
-            remedy = (
-                "set provider_api_key, in the site's secrets.yml, to the server's key. The kit's own server has "
-                "kit_secret_inference_api_key: `make deploy` sets it on both sides."
-            )
+            remedy = "set provider_api_key, in the site's secrets.yml, to the server's key."
+            if not self.external:
+                remedy = "its key is kit_secret_inference_api_key: `make deploy` sets it on both sides."
         elif error.status in (408, 429, 502, 503, 504):
             remedy = "the server is starting or has too much to do: run `make deploy` again in a minute."
         elif error.status:
             remedy = "provider_endpoint must be an OpenAI-compatible server's address, usually ending in /v1."
         else:
             host = urlsplit(self.url).hostname
-            remedy = (
-                f"start the server (`make logs SERVICE=inference` for the kit's own), or correct provider_endpoint; "
-                f"{host} must be reachable from the host that runs Dify."
-            )
+            remedy = "`make logs SERVICE=inference` says why it does not run."
+            if self.external:
+                remedy = f"start it, or correct provider_endpoint; the host that runs Dify must reach {host}."
         return ConsoleError(f"No model at {self.url}: {error.what}", remedy, error.status)
 
 

@@ -34,7 +34,7 @@ options:
       name: {type: str, required: true, description: "Its name at the server."}
       endpoint: {type: str, required: true, description: "The server's address, as http://host:8000/v1."}
       api_key: {type: str, required: true, description: "The server's key, may be empty."}
-      proxies: {type: bool, default: false, description: "Whether the server is reached through the proxies."}
+      external: {type: bool, default: false, description: "Whether somebody else runs it: through the proxies."}
   stream: {type: bool, default: true, description: "Whether the answer comes in pieces."}
   user: {type: str, default: kit, description: "Whom Dify shall note as asking."}
   seconds: {type: int, default: 600, description: "How long the answer may take."}
@@ -56,7 +56,7 @@ def app_key(path: Path) -> str:
 
 def image_tokens(question: str, answer: Answer, model: dict[str, Any], ca_file: str | None) -> int:
     """How many of the question's tokens are the picture's. Raises ConsoleError where there are none."""
-    endpoint = Endpoint(model["endpoint"], model["api_key"], ca_file, proxies=model["proxies"])
+    endpoint = Endpoint(model["endpoint"], model["api_key"], ca_file, external=model["external"])
     _, without = endpoint.ask(model["name"], question)
     counted = answer.prompt_tokens or 0
     if without and counted <= without:
@@ -94,7 +94,7 @@ def main() -> None:
                     "name": {"type": "str", "required": True},
                     "endpoint": {"type": "str", "required": True},
                     "api_key": {"type": "str", "required": True, "no_log": True},
-                    "proxies": {"type": "bool", "default": False},
+                    "external": {"type": "bool", "default": False},
                 },
             },
             "stream": {"type": "bool", "default": True},

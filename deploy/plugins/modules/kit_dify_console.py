@@ -62,7 +62,7 @@ options:
       tool_calling: {type: str, required: true, description: "auto, support or no_support."}
       modalities: {type: list, elements: str, default: [], description: "What the server must be able to: image."}
       reasons: {type: bool, default: false, description: "Whether it thinks before it answers: then it gets room."}
-      proxies: {type: bool, default: false, description: "Whether the server is reached through the proxies."}
+      external: {type: bool, default: false, description: "Whether somebody else runs it: through the proxies."}
   app: {type: dict, required: true, description: "A chat app's description (Dify DSL); the model is filled in."}
   state_file: {type: path, required: true, description: "Fingerprints and ids of what was set. Mode 0600."}
   key_file: {type: path, required: true, description: "Receives DIFY_APP_KEY. Mode 0600."}
@@ -159,7 +159,7 @@ class Workspace:
     def served(self) -> Served:
         """The model with what it can do, as the server says and the site wants it."""
         want = self.want["model"]
-        endpoint = Endpoint(want["endpoint"], want["api_key"], self.want["ca_file"], proxies=want["proxies"])
+        endpoint = Endpoint(want["endpoint"], want["api_key"], self.want["ca_file"], external=want["external"])
         said = endpoint.model(want["name"])
         if "image" in want["modalities"] and not said.images:
             raise ConsoleError(
@@ -468,7 +468,7 @@ def main() -> None:
                     "tool_calling": text,
                     "modalities": {"type": "list", "elements": "str", "default": []},
                     "reasons": {"type": "bool", "default": False},
-                    "proxies": {"type": "bool", "default": False},
+                    "external": {"type": "bool", "default": False},
                 },
             },
             "app": {"type": "dict", "required": True},

@@ -13,7 +13,7 @@ module: kit_endpoint
 short_description: Proves that an OpenAI-compatible server can be used from this host
 description:
   - The server is reached, takes the key, lists the model, tells (or the site knows) its context length, and answers.
-  - Never changes anything, and asks in check mode, too.
+  - Never changes anything, and asks in check mode, too. The environment's proxies are used.
   - Returns C(name), C(context) in tokens, C(images) (the most with one question; 0 where the model doesn't see) and
     C(tools).
 options:
@@ -22,7 +22,6 @@ options:
   model: {type: str, required: true, description: "The model's name at the server; empty: the first that it lists."}
   context_size: {type: int, default: 0, description: "In tokens, for servers that don't tell it."}
   ca_file: {type: path, description: "Root certificates for https addresses."}
-  proxies: {type: bool, default: false, description: "Whether the environment's proxies are used."}
 author: [Dify deployment kit]
 """
 
@@ -36,13 +35,12 @@ def main() -> None:
             "model": {"type": "str", "required": True},
             "context_size": {"type": "int", "default": 0},
             "ca_file": {"type": "path"},
-            "proxies": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     want = module.params
     try:
-        endpoint = Endpoint(want["url"], want["api_key"], want["ca_file"], proxies=want["proxies"])
+        endpoint = Endpoint(want["url"], want["api_key"], want["ca_file"], external=True)
         model = endpoint.model(want["model"])
         if not (model.context or want["context_size"]):
             raise ConsoleError(
