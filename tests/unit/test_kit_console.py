@@ -198,7 +198,7 @@ class FakeDify:
                 if self.path == "/v1/chat-messages":
                     status, events = fake.answer
                     said = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
-                    if status != 200:
+                    if status != 200 or body["response_mode"] == "blocking":
                         said = json.dumps(events[0]).encode()
                 else:
                     status, value = fake.respond(call, body, self.headers)
@@ -527,6 +527,14 @@ def test_answer_in_pieces(dify: FakeDify) -> None:
     dify.answer = (200, [{"event": "ping"}, *pieces, end])
     answer = Service(dify.url, "app-0", "kit").ask("capital?")
     assert (answer.text, answer.conversation, answer.tokens) == ("París.", "v", 2)
+
+
+def test_answer_in_one_piece(dify: FakeDify) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 2}
+    said = {"event": "message", "answer": "París.", "conversation_id": "v", "metadata": {"usage": usage}}
+    dify.answer = (200, [said])
+    answer = Service(dify.url, "app-0", "kit").ask("capital?", stream=False)
+    assert (answer.text, answer.conversation, answer.tokens, answer.prompt_tokens) == ("París.", "v", 2, 9)
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,7 @@ class Service:
         usage: dict[str, Any] = {}
         try:
             with self._http.open("POST", "/v1/chat-messages", data, headers, seconds) as response:
-                for event in _events(response) if stream else [{"event": "message_end", **json.load(response)}]:
+                for event in _events(response) if stream else [{**json.load(response), "event": "message_end"}]:
                     kind = event.get("event")
                     if kind == "error":
                         status = int(event.get("status") or 500)
