@@ -190,7 +190,7 @@ class FakeDify:
         class Handler(BaseHTTPRequestHandler):
             def handle_any(self) -> None:
                 raw = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                body = json.loads(raw) if "json" in (self.headers["Content-Type"] or "") else raw
+                body: Any = json.loads(raw) if "json" in (self.headers["Content-Type"] or "") else raw
                 if self.command == "GET":
                     body = dict(parse_qsl(self.path.partition("?")[2]))
                 call = f"{self.command} {self.path.partition('?')[0]}"
