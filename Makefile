@@ -51,13 +51,11 @@ recover-secrets: venv  ## a site that lost its secrets.yml: take them from its h
 uninstall: venv  ## stop everything and remove the programs; data stays unless ARGS="-e kit_delete_data=yes"
 	@$(KIT) play uninstall $(ARGS)
 
-inference-lock: venv  ## rewrite the model engine's lock from inference/locks/cpu.in
-	@.venv/bin/uv pip compile --quiet --no-config inference/locks/cpu.in --overrides inference/locks/cpu-overrides.txt \
-	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
-	  --custom-compile-command "make inference-lock" --output-file inference/locks/cpu.txt $(ARGS)
-	@.venv/bin/uv pip compile --quiet --no-config inference/locks/router.in --no-deps \
-	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
-	  --custom-compile-command "make inference-lock" --output-file inference/locks/router.txt $(ARGS)
+inference-lock: venv  ## rewrite the model engines' locks from inference/locks/*.in
+	@set -e; compile() { name=$$1; shift; .venv/bin/uv pip compile --quiet --no-config inference/locks/$$name.in "$$@" \
+	    --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+	    --custom-compile-command "make inference-lock" --output-file inference/locks/$$name.txt $(ARGS); }; \
+	  compile cpu --overrides inference/locks/cpu-overrides.txt; compile cuda; compile cuda-0.28.0; compile router --no-deps
 
 test: lint unit integration e2e  ## the kit's own tests; the end-to-end ones need root and about an hour
 

@@ -10,8 +10,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from inference import bench, catalog, engine, probe
+from inference import bench, catalog, causes, engine, hardware, launcher, probe, proof
 from inference.install import install
+from inference.planner import GOALS, Wishes
 from inference.problem import Problem
 from inference.scale import Node
 
@@ -28,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
     # The real path: a relocated Python finds its library from where it lies, not from a link in runtime/bin.
     one.add_argument("--python", default=os.path.realpath(sys.executable))
 
-    one = commands.add_parser(
-        "fetch", help="fetch a model's weights; go on where an earlier fetch was cut off"
-    )
+    one = commands.add_parser("fetch", help="fetch a model's weights; go on where an earlier fetch was cut off")
     one.add_argument("model")
     one.add_argument("--output", type=Path, help="folder to make, default models/MODEL; its name is the cache's key")
     one.add_argument("--cache", type=Path, default=Path("~/.cache/dify-kit/inference/models").expanduser())
@@ -49,9 +48,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--state", type=Path, required=True, help="folder for the engine's own caches")
     one.add_argument("--host", default="127.0.0.1")
     one.add_argument("--port", type=int, required=True)
+    one.add_argument("--hardware", choices=hardware.CHOICES, default="auto")
+    one.add_argument("--goal", choices=GOALS, default=GOALS[0], help="what a GPU's memory is for")
+    one.add_argument("--dtype", default="", help="empty: the catalog's, or what the GPU can")
     one.add_argument("--max-model-len", type=int, default=0)
     one.add_argument("--max-num-seqs", type=int, default=0)
-    one.add_argument("--kv-cache-gib", type=int, default=0)
+    one.add_argument("--images-per-prompt", type=int, help="with one question, on GPUs")
+    one.add_argument("--gpu-memory-utilization", type=float, default=0.0)
+    one.add_argument("--kv-cache-gib", type=int, default=0, help="on processors")
+    one.add_argument("--argument", action="append", default=[], help="one more for the engine, as --argument=--seed=1")
     one.add_argument("--stop-seconds", type=int, default=30, help="time for running answers after SIGTERM")
     one.add_argument("--replica", default="1/1", help="which engine of how many on this host, as 1/2")
     one.add_argument("--node", type=json.loads, help="this host's part of an engine across hosts, inference.scale.Node")
@@ -61,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model")
     one.add_argument("--url", required=True, help="the endpoint with its /v1")
     one.add_argument("--wait", type=float, default=0, help="seconds to wait for a server that does not listen yet")
+
+    one = commands.add_parser("check", help="prove data type, attention and numbers of a running engine")
+    one.add_argument("model")
+    one.add_argument("--url", required=True, help="the engine's own endpoint with its /v1")
+    one.add_argument("--log", type=Path, required=True)
+
+    commands.add_parser("explain", help="name the cause of an engine's death, from its log on standard input")
 
     one = commands.add_parser("bench", help="measure each way to the model; keys in VLLM_API_KEY and DIFY_APP_KEY")
     one.add_argument("model")
@@ -115,6 +127,39 @@ def fetch(options: argparse.Namespace) -> None:
     print(f"{output}: {record['name']} at {record['revision']}, from {record['source']} ({record['address']})")
 
 
+def serving(options: argparse.Namespace, model: catalog.Model, gpus: hardware.Gpus | None) -> engine.Settings:
+    """What `serve` starts: planned where the host has GPUs, as the catalog says where it has none."""
+    node = Node(**options.node) if options.node else None
+    index, count = replica(options.replica)
+    plan = None
+    if gpus:
+        wishes = Wishes(
+            goal=options.goal,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            images_per_prompt=options.images_per_prompt,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+        )
+        plan = launcher.settle(model, gpus, wishes, count, node)
+    return engine.Settings(
+        weights=options.weights,
+        state=options.state,
+        host=options.host,
+        port=options.port,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_gib=options.kv_cache_gib,
+        stop_seconds=options.stop_seconds,
+        dtype=options.dtype,
+        arguments=tuple(options.argument),
+        plan=plan,
+        gpus=gpus.indices if gpus else (),
+        replica=(index, count),
+        node=node,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 2 with one line on stderr where the caller has to do something."""
     options = parser().parse_args(argv)
@@ -135,24 +180,18 @@ def run(options: argparse.Namespace) -> None:
             fetch(options)
         case "serve":
             model = catalog.load(options.model)
-            settings = engine.Settings(
-                weights=options.weights,
-                state=options.state,
-                host=options.host,
-                port=options.port,
-                max_model_len=options.max_model_len,
-                max_num_seqs=options.max_num_seqs,
-                kv_cache_gib=options.kv_cache_gib,
-                stop_seconds=options.stop_seconds,
-                replica=replica(options.replica),
-                node=Node(**options.node) if options.node else None,
-            )
+            settings = serving(options, model, hardware.choose(hardware.find(), options.hardware, model.engines))
             if options.print:
                 for name, value in engine.environment(model, settings).items():
                     print(f"{name}={shlex.quote(value)} \\")
                 print(shlex.join(engine.command(model, settings)))
             else:
                 engine.serve(model, settings)
+        case "check":
+            print("\n".join(proof.check(catalog.load(options.model), options.url, options.log)))
+        case "explain":
+            if cause := causes.explain(sys.stdin.read()):
+                print("\n".join(cause))
         case "ready":
             print(probe.ready(options.url, options.model, options.wait))
         case "bench":

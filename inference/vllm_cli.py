@@ -17,7 +17,11 @@ import time
 def serve(arguments: list[str]) -> None:
     """``vllm serve``; unlike the API server's module it knows ``--headless``."""
     from vllm.entrypoints.cli.serve import cmd_init
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup  # since 0.33
+    except ImportError:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()

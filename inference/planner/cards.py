@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -98,8 +99,14 @@ def parse_smi(text: str) -> tuple[Card, int]:
     for line in filter(str.strip, text.splitlines()):
         name, total, reserved, capability = (field.strip() for field in line.rsplit(",", 3))
         kept = float(reserved) if reserved.replace(".", "").isdigit() else 0.0  # old drivers say [N/A]
+        # Whole words: an A100 is no A10.
         same = next(
-            (card for card, parts in _file().values() if any(part in f" {name.upper()}" for part in parts)), None
+            (
+                card
+                for card, parts in _file().values()
+                if any(re.search(rf"{re.escape(part)}(?!\w)", f" {name.upper()}") for part in parts)
+            ),
+            None,
         )
         found.append(
             Card(

@@ -24,12 +24,14 @@ def settings(tmp_path: Path, **changes: int) -> engine.Settings:
 
 
 def pairs(argv: list[str]) -> dict[str, str]:
-    return dict(itertools.pairwise(argv))
+    """Options and their values, as ``--port=1`` or as two words."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    return dict(itertools.pairwise(words))
 
 
 def test_command_from_the_catalog(tmp_path: Path) -> None:
     argv = engine.command(MODEL, settings(tmp_path))
-    assert argv[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert argv[1:3] == ["-m", "inference.vllm_cli"]
     assert "--enforce-eager" in argv
     assert pairs(argv) | {
         "--model": str(tmp_path / "w"),
@@ -70,10 +72,10 @@ def test_the_key_is_never_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "very-secret-key")
-    options = ["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--print"]
-    assert cli.main(options) == 0
+    options = ["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1"]
+    assert cli.main([*options, "--hardware=cpu", "--print"]) == 0
     shown = capsys.readouterr()
-    assert "--served-model-name smollm2-135m" in shown.out
+    assert "--served-model-name=smollm2-135m" in shown.out
     assert "very-secret-key" not in shown.out + shown.err
 
 
@@ -81,7 +83,7 @@ def test_no_service_without_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert cli.main(["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1"]) == 2
+    assert cli.main(["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--hardware=cpu"]) == 2
     assert "anybody could use the model" in capsys.readouterr().err
 
 
@@ -89,7 +91,7 @@ def test_no_service_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
-    assert cli.main(["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1"]) == 2
+    assert cli.main(["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--hardware=cpu"]) == 2
     assert f"no weights in {tmp_path}" in capsys.readouterr().err
 
 
