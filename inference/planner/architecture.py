@@ -234,7 +234,9 @@ def _feed_forward(config: Mapping[str, Any]) -> Iterator[Weight]:
     yield Weight("experts", 3 * hidden * width * experts * len(sparse), count=experts)
     if shared:
         yield Weight("mlp", 3 * hidden * shared * len(sparse))
-    yield Weight("norms", (hidden + 1) * experts * len(sparse), split="none", linear=False)
+    # DeepSeek-V3 corrects its router with a bias that is no part of the loss.
+    router = hidden + (1 if str(config.get("model_type")).startswith("deepseek_v3") else 0)
+    yield Weight("norms", router * experts * len(sparse), split="none", linear=False)
 
 
 def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
@@ -290,12 +292,15 @@ def _quantisation(config: Mapping[str, Any]) -> tuple[float, frozenset[str]]:
     )
     if "self_attn" in ignored:
         parts -= {"attention", "latent"}
+    if "shared_expert" in ignored:
+        parts -= {"mlp"}
     if method == "fp8":
         block = math.prod(config.get("weight_block_size") or (1, 0)) or math.inf
         return 1 + 4 / block, frozenset(parts)  # a scale in FP32 a block
     if method == "compressed-tensors":
-        bits = [group["weights"]["num_bits"] for group in config["config_groups"].values()]
-        return max(bits) / 8, frozenset(parts)
+        groups = [group["weights"] for group in config["config_groups"].values()]
+        widest = max(groups, key=lambda weights: weights["num_bits"])
+        return widest["num_bits"] / 8 + 2 / (widest.get("group_size") or math.inf), frozenset(parts)
     if method == "modelopt":
         if "FP4" in str(config.get("quant_algo")):
             return 0.5 + 1 / 16, frozenset(parts)  # a scale in FP8 for 16 values

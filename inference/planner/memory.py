@@ -118,8 +118,8 @@ def estimate(model: Architecture, card: Card, settings: Settings) -> Memory:
     weights = model.weight_bytes(size, parallel) - vision_weights
     images, looking = _vision(model, card, settings)
     tokens = settings.max_num_batched_tokens
-    workspace = 2 * tokens * model.text.experts_per_token * model.text.hidden * size
-    kept = engine >= (0, 14, 0)  # the experts' workspace stays since then
+    workspace = _experts(model, card, settings)
+    kept = engine >= (0, 14, 0)  # it stays between steps since then
     working = max(
         _step(model, settings) + (0 if kept else workspace),
         _sampler(engine) * settings.max_num_seqs * model.text.vocabulary * 4 + tokens * model.text.hidden * size,
@@ -162,6 +162,40 @@ def _step(model: Architecture, settings: Settings) -> float:
     text = model.text
     wide = 3 * text.intermediate / settings.tensor_parallel  # gate, up and their product
     return settings.max_num_batched_tokens * settings.value_bytes * (3 * text.hidden + wide)
+
+
+def _experts(model: Architecture, card: Card, settings: Settings) -> float:
+    """Buffers of the experts' kernels: each token's row for each of its experts, before and after.
+
+    Quantised experts run in kernels that need none: those for 4 bits (Marlin), and on Blackwell TensorRT-LLM's.
+    """
+    small = model.quantised_bytes if "experts" in model.quantised_parts else 0
+    if small and (small < 1 or card.compute_capability >= 10):
+        return 0
+    rows = settings.max_num_batched_tokens * model.text.experts_per_token
+    return 2 * rows * model.text.hidden * settings.value_bytes
+
+
+def cache_tokens(model: Architecture, memory: Memory, settings: Settings) -> int:
+    """Tokens of one conversation as long as the KV cache can hold."""
+    growth = model.token_bytes(settings.cache_bytes, settings.tensor_parallel)
+    kept = model.conversation_bytes(
+        1 << 40, settings.cache_bytes, settings.tensor_parallel, settings.max_num_batched_tokens
+    )
+    windows = kept - growth * (1 << 40)  # what layers with a window keep of it, however long it is
+    if model.text.recurrent_layers or not growth or memory.cache <= windows:
+        return log_tokens(model, memory, settings)
+    return int((memory.cache - windows) / growth)
+
+
+def log_tokens(model: Architecture, memory: Memory, settings: Settings) -> int:
+    """What the engine's log calls the size of its KV cache: as if every layer kept every token.
+
+    So it is too low for models that have layers with a window or a state (vLLM pages them alike, and divides by all).
+    """
+    layers = sum(cache.layers for cache in model.caches)
+    each = sum(cache.token_bytes(settings.tensor_parallel, settings.cache_bytes) for cache in model.caches)
+    return max(0, int(memory.cache / (each * (layers + model.text.recurrent_layers) / layers)))
 
 
 def _vision(model: Architecture, card: Card, settings: Settings) -> tuple[float, float]:

@@ -70,9 +70,9 @@ def _block(
     return matrices, biases + norms * hidden
 
 
-def _tower(layers: int, block: tuple[int, int], embedding: int) -> Iterator[Weight]:
+def _tower(layers: int, block: tuple[int, int], embedding: int, split: str = "even") -> Iterator[Weight]:
     # Not quantised in any checkpoint that the kit knows: `linear` is false.
-    yield Weight("vision", layers * block[0], linear=False)
+    yield Weight("vision", layers * block[0], split=split, linear=False)
     yield Weight("vision", layers * block[1] + embedding, split="none", linear=False)
 
 
@@ -140,7 +140,7 @@ def _qwen2_5_vl(c: Mapping[str, Any]) -> Vision:
 
 
 def _pixtral(c: Mapping[str, Any]) -> Vision:
-    """Pixtral's tower with Mistral 3's patch merger."""
+    """Pixtral's tower with Mistral 3's patch merger; every card keeps all of it."""
     hidden, intermediate, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     text, merge = c["_text_hidden"], c["_config"].get("spatial_merge_size", 1) ** 2
     embedding = hidden * 3 * c["patch_size"] ** 2 + hidden
@@ -153,7 +153,7 @@ def _pixtral(c: Mapping[str, Any]) -> Vision:
         layers,
         merge,
         text,
-        (*_tower(layers, block, embedding), Weight("projector", projector, split="none", linear=False)),
+        (*_tower(layers, block, embedding, "none"), Weight("projector", projector, split="none", linear=False)),
     )
 
 
