@@ -15,14 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference import catalog, engine, probe
+from inference import catalog, engine, hardware, launcher, probe
 from inference.catalog import Model
-from inference.planner import Card, on_host, plan
+from inference.hardware import Gpus
+from inference.planner import Wishes
 from inference.problem import Problem
 
 PLAIN = "vllm serve"
@@ -105,15 +106,19 @@ def measure(way: Way, model: str, tokenizer: Path, load: Load) -> dict[str, Any]
 
 @contextlib.contextmanager
 def plain_server(model: Model, weights: Path, state: Path, port: int, ready_seconds: int) -> Iterator[str]:
-    """A ``vllm serve`` without anything that the kit sets but the model and the address; its endpoint.
+    """A ``vllm serve`` without anything that the kit sets but the model, its size and the address; its endpoint.
 
     Raises:
         Problem: it does not come up; the last lines of its log say why.
     """
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings = engine.Settings(weights=weights, state=state, host="127.0.0.1", port=port)
     command = [sys.executable, "-m", "inference.vllm_cli", "serve", "--model", str(weights)]
     command += ["--served-model-name", model.id, "--host", "127.0.0.1", "--port", str(port)]
+    gpus, chosen = hardware.choose(hardware.find(), "auto", model.engines), None
+    if gpus:  # without these two many a model does not fit into the GPUs
+        chosen = launcher.settle(model, gpus, Wishes())
+        command += [f"--tensor-parallel-size={chosen.tensor_parallel}", f"--max-model-len={chosen.max_model_len}"]
+    settings = engine.Settings(weights, state, "127.0.0.1", port, plan=chosen, gpus=gpus.indices if gpus else ())
     environment = os.environ | engine.environment(model, settings)
     (state / "tmp").mkdir(mode=0o700, exist_ok=True)
     url = f"http://127.0.0.1:{port}/v1"
@@ -142,16 +147,12 @@ def plain_server(model: Model, weights: Path, state: Path, port: int, ready_seco
             os.kill(pid, signal.SIGKILL)
 
 
-def floor_ms(model: Model, host: Callable[[], tuple[Card, int]] = on_host) -> float | None:
+def floor_ms(model: Model, gpus: Gpus | None) -> float | None:
     """The least time between two tokens of a lone answer: every active weight is read once for each.
 
     None without a GPU, or for one whose memory's speed the planner does not know.
     """
-    try:
-        card, gpus = host()
-    except Problem:
-        return None
-    return plan(model, card, gpus).least_seconds_a_token * 1000 or None
+    return launcher.settle(model, gpus, Wishes()).least_seconds_a_token * 1000 or None if gpus else None
 
 
 def table(results: Mapping[str, Mapping[str, Any]], floor: float | None = None) -> str:
@@ -189,6 +190,7 @@ def report(options: argparse.Namespace) -> None:
         Problem: a way could not be measured.
     """
     model = catalog.load(options.model)
+    floor = floor_ms(model, hardware.choose(hardware.find(), "auto", model.engines))
     load = Load(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Load)})
     key = os.environ.get("VLLM_API_KEY", "")
     ways = [Way(name, url, key) for name, url in options.way]
@@ -207,7 +209,7 @@ def report(options: argparse.Namespace) -> None:
         results[way.name] = _told(way, options, load)
     print(
         f"{load.questions} questions of {load.question_tokens} tokens, {load.at_a_time} at a time, answers of "
-        f"{load.answer_tokens} tokens; {model.id}\n\n{table(results, floor_ms(model))}"
+        f"{load.answer_tokens} tokens; {model.id}\n\n{table(results, floor)}"
     )
 
 

@@ -82,6 +82,13 @@ def _cpu_arguments(model: Model, settings: Settings) -> list[str]:
     ]
 
 
+def _gpus_here(settings: Settings) -> int:
+    """How many of the host's GPUs the engine takes; across hosts its plan counts the others' as well."""
+    if settings.node:
+        return settings.node.gpus
+    return settings.plan.tensor_parallel if settings.plan else 1
+
+
 def environment(model: Model, settings: Settings) -> dict[str, str]:
     """What the engine needs in its environment beside the key: offline, silent, its files and its share of the host.
 
@@ -107,7 +114,7 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
             *settings.replica,
             gpus=settings.gpus,
             cores=sorted(os.sched_getaffinity(0)),
-            tensor_parallel=settings.plan.tensor_parallel if settings.plan else 1,
+            tensor_parallel=_gpus_here(settings),
         ),
         **(scale.environment(settings.node) if settings.node else {}),
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from inference import router, scale
+from inference import catalog, engine, launcher, planner, router, scale
+from inference.hardware import Gpus
 from inference.problem import Problem
 from inference.scale import Host, Interface
 
@@ -152,6 +155,18 @@ def test_arguments_of_vllms_own_way() -> None:
     }
     assert scale.runs_engine(first)
     assert scale.runs_engine(second)
+
+
+def test_a_gpu_engine_across_hosts(tmp_path: Path) -> None:
+    model = catalog.load("kimi-vl-a3b-instruct")
+    gpus = Gpus(planner.card("a100-40g"), (0, 1, 2, 3), "580.65.06")
+    [node, _] = scale.nodes([host("one", 11, 4), host("two", 12, 4)], 17810)
+    plan = launcher.settle(model, gpus, planner.Wishes(), node=node)
+    settings = engine.Settings(tmp_path, tmp_path, "127.0.0.1", 1, plan=plan, gpus=gpus.indices, node=node)
+    assert engine.environment(model, settings)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    # The last of its kind counts.
+    parallel = [part for part in engine.command(model, settings) if part.startswith(("--tensor-p", "--pipeline-p"))]
+    assert parallel[-2:] == ["--tensor-parallel-size=4", "--pipeline-parallel-size=2"]
 
 
 def test_arguments_with_ray() -> None:
