@@ -53,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", default="", help="empty: the catalog's, or what the GPU can")
     one.add_argument("--max-model-len", type=int, default=0)
     one.add_argument("--max-num-seqs", type=int, default=0)
-    one.add_argument("--images-per-prompt", type=int, help="with one question, on GPUs")
+    one.add_argument("--images-per-prompt", type=int, default=-1, help="with one question, on GPUs; -1: as planned")
     one.add_argument("--gpu-memory-utilization", type=float, default=0.0)
     one.add_argument("--kv-cache-gib", type=int, default=0, help="on processors")
-    one.add_argument("--argument", action="append", default=[], help="one more for the engine, as --argument=--seed=1")
+    one.add_argument("--arguments", type=json.loads, default=[], help='more for the engine, as ["--seed=1"]')
     one.add_argument("--stop-seconds", type=int, default=30, help="time for running answers after SIGTERM")
     one.add_argument("--replica", default="1/1", help="which engine of how many on this host, as 1/2")
     one.add_argument("--node", type=json.loads, help="this host's part of an engine across hosts, inference.scale.Node")
@@ -138,7 +138,7 @@ def serving(options: argparse.Namespace, model: catalog.Model, gpus: hardware.Gp
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
-            images_per_prompt=options.images_per_prompt,
+            images_per_prompt=options.images_per_prompt if options.images_per_prompt >= 0 else None,
             gpu_memory_utilization=options.gpu_memory_utilization,
         )
         plan = launcher.settle(model, gpus, wishes, count, node)
@@ -152,7 +152,7 @@ def serving(options: argparse.Namespace, model: catalog.Model, gpus: hardware.Gp
         kv_cache_gib=options.kv_cache_gib,
         stop_seconds=options.stop_seconds,
         dtype=options.dtype,
-        arguments=tuple(options.argument),
+        arguments=tuple(options.arguments),
         plan=plan,
         gpus=gpus.indices if gpus else (),
         replica=(index, count),

@@ -83,7 +83,8 @@ def test_no_service_without_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert cli.main(["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--hardware=cpu"]) == 2
+    options = ["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--hardware=cpu"]
+    assert cli.main(options) == 2
     assert "anybody could use the model" in capsys.readouterr().err
 
 
@@ -91,7 +92,8 @@ def test_no_service_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
-    assert cli.main(["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--hardware=cpu"]) == 2
+    options = ["serve", "smollm2-135m", f"--weights={tmp_path}", f"--state={tmp_path}", "--port=1", "--hardware=cpu"]
+    assert cli.main(options) == 2
     assert f"no weights in {tmp_path}" in capsys.readouterr().err
 
 

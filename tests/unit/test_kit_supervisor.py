@@ -16,6 +16,7 @@ from ansible.module_utils.kit_supervisor import (
     Service,
     ServiceProblem,
     check_ready,
+    explain,
     fingerprint,
     log_tail,
     program_conf,
@@ -84,6 +85,24 @@ def test_log_tail_hides_the_env_files_secrets(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text("connect with pa'ss-word to postgres://u:pw@h/d in production\n")
     assert log_tail(log, secrets=secrets_of(env)) == ["connect with (not shown) to (not shown) in production"]
+
+
+def test_a_death_is_explained_by_the_services_own_command(tmp_path: Path) -> None:
+    kit_exec = tmp_path / "runtime/bin/kit-exec"
+    kit_exec.parent.mkdir(parents=True)
+    kit_exec.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    kit_exec.chmod(0o755)
+    log = tmp_path / "var/log/s.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("old: no memory\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write(f"new: {'x' * 5000} no disk\n")
+    command = ("sed", "-n", r"s/.*\(old\|new\).*no \(.*\)/there is no \2\nmore \2/p")
+    assert explain(Service("s", explain=command), tmp_path, start) == ["there is no disk", "more disk"]
+    assert explain(Service("s", explain=("false",)), tmp_path, start) == []
+    assert explain(Service("s", explain=("/nonexistent",)), tmp_path, start) == []
+    assert explain(Service("s"), tmp_path, start) == []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -53,6 +53,7 @@ class Service:
     files: tuple[str, ...] = ()
     ready: dict[str, Any] = dataclasses.field(default_factory=dict)
     ready_seconds: int = 30
+    explain: tuple[str, ...] = ()
 
 
 class UnixTransport(xmlrpc.client.Transport):
@@ -349,6 +350,7 @@ def await_ready(service: Service, home: Path, log_start: int = 0) -> float:
     rpc = Supervisor(home)
     begun = time.monotonic()
     pids: set[int] = set()
+    looked_at = 0
     answer = "no check was made"
     while True:
         info = rpc.rpc.getProcessInfo(service.name)
@@ -359,6 +361,11 @@ def await_ready(service: Service, home: Path, log_start: int = 0) -> float:
         if info["statename"] == "FATAL" or deaths >= MAX_DEATHS:
             why = f"keeps dying right after its start ({info['spawnerr'] or info['description']})"
             raise _unready(service, home, log_start, why)
+        if deaths > looked_at:
+            # A cause that has a name does not go away by trying again, and a start may take minutes.
+            if explain(service, home, log_start):
+                raise _unready(service, home, log_start, "died right after its start")
+            looked_at = deaths
         if info["statename"] in ("RUNNING", "STARTING"):
             answer = check_ready(service.ready, home)
             # RUNNING as well: another program could answer in place of one that has not failed yet.
@@ -418,6 +425,26 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def explain(service: Service, home: Path, log_start: int) -> list[str]:
+    """Why a service died, by its own command: what is wrong and the remedy; empty where it doesn't know."""
+    if not service.explain:
+        return []
+    try:
+        done = subprocess.run(
+            exec_command(home, service.explain),
+            input=_log_text(log_path(home, service.name), log_start, 1_000_000),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            cwd=home,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []  # the log's last lines are shown all the same
+    said = done.stdout.strip().splitlines()
+    return said if done.returncode == 0 and len(said) == 2 else []
+
+
 def _unready(service: Service, home: Path, log_start: int, why: str) -> ServiceProblem:
     log = log_path(home, service.name)
     lines = log_tail(log, log_start, secrets_of(home / service.env_file) if service.env_file else ())
@@ -426,6 +453,8 @@ def _unready(service: Service, home: Path, log_start: int, why: str) -> ServiceP
         remedy = "another program holds its port (ss -ltnp shows which): stop that one or choose another port"
     elif any("no space left on device" in line.lower() for line in lines):
         remedy = f"free space on the disk of {home} (df -h), then run the same command again"
+    if cause := explain(service, home, log_start):
+        why, remedy = f"{why}: {cause[0]}", cause[1]
     shown = "".join(f"\n  | {line}" for line in lines) or "\n  | (it wrote nothing)"
     return ServiceProblem(
         f"The service {service.name} {why}.\nThe last lines of {log}:{shown}\n"
@@ -443,13 +472,17 @@ def secrets_of(env_file: Path) -> tuple[str, ...]:
 
 def log_tail(log: Path, start: int = 0, secrets: Iterable[str] = (), lines: int = 20) -> list[str]:
     """The last lines that were written after the byte `start`; from the beginning where the log was rotated since."""
-    if not log.exists():
-        return []
-    with log.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        start = start if start <= size else 0
-        file.seek(max(start, size - 20_000))
-        text = file.read().decode(errors="replace")
+    text = _log_text(log, start, 20_000)
     for secret in secrets:
         text = text.replace(secret, "(not shown)")
     return [line[:400] for line in text.splitlines() if line.strip()][-lines:]
+
+
+def _log_text(log: Path, start: int, size: int) -> str:
+    """What was written after the byte `start`, the last `size` bytes of it; all where the log was rotated since."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(start if start <= end else 0, end - size))
+        return file.read().decode(errors="replace")

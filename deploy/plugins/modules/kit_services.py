@@ -66,6 +66,12 @@ options:
           One of C(command) (with C(env_file)), C(http) (with C(status) and C(headers)) and C(tcp).
           Without any, running for a second is enough.
       ready_seconds: {type: int, default: 30, description: Time for that.}
+      explain:
+        type: list
+        elements: str
+        description: >-
+          A command that reads the last start's log from its standard input and prints why the service died, a line
+          with what is wrong and one with the remedy, or nothing. A service whose death it explains is not waited for.
 author: [Dify deployment kit]
 """
 
@@ -97,6 +103,7 @@ _SERVICE_SPEC: dict[str, Any] = {
         "mutually_exclusive": [["command", "http", "tcp"]],
     },
     "ready_seconds": {"type": "int", "default": 30},
+    "explain": {"type": "list", "elements": "str"},
 }
 
 
@@ -159,7 +166,7 @@ def main() -> None:
 def _service(raw: dict[str, Any]) -> Service:
     """From validated arguments; what was left out has the dataclass's default."""
     given = {key: value for key, value in raw.items() if value is not None}
-    for key in ("command", "files"):
+    for key in ("command", "files", "explain"):
         given[key] = tuple(given.get(key, ()))
     given["environment"] = {str(key): str(value) for key, value in given.get("environment", {}).items()}
     given["ready"] = {key: value for key, value in given.get("ready", {}).items() if value is not None}

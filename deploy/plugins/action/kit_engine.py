@@ -1,0 +1,116 @@
+"""Choose the model's engine for a host: look at its GPUs, plan, and refuse what cannot be before anything is changed.
+
+Returns ``hardware`` (cpu or cuda) and ``lock`` (its file in inference/locks, without .txt). The host plans again when
+the service starts; that plan is the same, because nothing goes into it but the settings and the GPUs.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+
+# The kit's package for the model service lies beside deploy/; an action is imported as it is.
+sys.path.append(str(Path(__file__).parents[3]))
+from inference import catalog, hardware, launcher
+from inference.planner import Plan, Wishes
+from inference.problem import Problem
+from inference.scale import Node
+
+LOCKS = Path(__file__).parents[3] / "inference" / "locks"
+# Triton, in which a part of the engine's GPU code is written, builds the way into each of its kernels with it.
+COMPILERS = ("gcc", "clang")
+LOOK = (
+    f"if command -v {hardware.QUERY[0]} >/dev/null; then {shlex.join(hardware.QUERY)}; echo driver $?; fi; "
+    f"for name in {' '.join(COMPILERS)}; do command -v $name >/dev/null && echo compiler; done; true"
+)
+
+
+def looked(output: str) -> tuple[hardware.Gpus | None, bool]:
+    """The GPUs and whether there is a C compiler, from what `LOOK` has printed.
+
+    Raises:
+        Problem: there is a driver, but it doesn't work.
+    """
+    before, driver, after = output.partition("driver ")
+    if not driver:
+        return None, "compiler" in output
+    status, _, rest = after.partition("\n")
+    return hardware.seen(int(status), before), "compiler" in rest
+
+
+def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tuple[dict[str, Any], list[str]]:
+    """What the host will run, and what is worth knowing about it.
+
+    Raises:
+        Problem: it cannot serve the model; says what would.
+    """
+    wish = str(settings["hardware"])
+    gpus, compiler = looked(output) if wish != "cpu" else (None, False)
+    notices = []
+    used = hardware.choose(gpus, wish, model.engines)
+    if used is None:
+        engine = model.engine("cpu")
+        if gpus and wish == "auto":
+            notices.append(f"{model.id} runs on processors only; the host's {gpus.card.title} is not used.")
+        return {"hardware": "cpu", "lock": "cpu", "dtype": str(settings["dtype"]) or engine.dtype}, notices
+    if not compiler:
+        raise Problem(
+            f"The host has a GPU, but neither {' nor '.join(COMPILERS)}, with which Triton builds vLLM's GPU kernels "
+            "when they are first used. Remedy: install gcc on the host, or set inference_hardware: cpu."
+        )
+    wishes = Wishes(
+        goal=str(settings["goal"]),
+        dtype=str(settings["dtype"]),
+        max_model_len=int(settings["max_model_len"]),
+        max_num_seqs=int(settings["max_num_seqs"]),
+        images_per_prompt=None if int(settings["images_per_prompt"]) < 0 else int(settings["images_per_prompt"]),
+        gpu_memory_utilization=float(settings["gpu_memory_utilization"]),
+    )
+    node = Node(**settings["node"]) if settings.get("node") else None
+    plan = launcher.settle(model, used, wishes, int(settings["replicas"]), node)
+    version = model.engine("cuda").version
+    lock = f"cuda-{version}" if version else "cuda"
+    if not (LOCKS / f"{lock}.txt").is_file():
+        raise Problem(
+            f"{model.id} needs vLLM {version}, for which the kit has no lock. "
+            f"Remedy: inference/locks/{lock}.in, then `make inference-lock`; or another model."
+        )
+    notices += [*plan.notes, described(plan)]
+    notices += [f"Not used beside it: {unused}." for unused in used.unused]
+    return {"hardware": "cuda", "lock": lock, "dtype": plan.dtype}, notices
+
+
+def described(plan: Plan) -> str:
+    """The plan in one line."""
+    kernels = launcher.backends(plan.model, plan.card.compute_capability)
+    cards = f"{plan.tensor_parallel} x {plan.card.title}" if plan.tensor_parallel > 1 else plan.card.title
+    return (
+        f"{plan.model.id} on {cards}: {plan.dtype}, {kernels}; {plan.max_model_len} tokens of context, "
+        f"{plan.max_num_seqs} questions at the same time"
+        + (f", {plan.images_per_prompt} images with one" if plan.images_per_prompt else "")
+        + "."
+    )
+
+
+class ActionModule(ActionBase):
+    """``kit_engine: {model: ..., hardware: auto, goal: ..., dtype: ..., ...}``."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        settings = dict(self._task.args)
+        try:
+            model = catalog.load(str(settings["model"]))
+            output = self._low_level_execute_command(LOOK)["stdout"] if settings["hardware"] != "cpu" else ""
+            chosen, notices = choice(model, settings, str(output))
+        except Problem as problem:
+            raise AnsibleActionFail(str(problem)) from None
+        return {"changed": False, **chosen, "kit_notice": notices}
