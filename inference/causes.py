@@ -24,7 +24,7 @@ class Cause:
 # The first that fits is the cause: what comes first explains what comes later.
 CAUSES = (
     Cause(
-        r"\[Errno 98\].*?(?:'(?P<host>[^']*)', (?P<port>\d+))?.*address already in use|Address already in use",
+        r"[Aa]ddress already in use",
         "another program holds the engine's port",
         "`ss -ltnp` shows which: stop that one, or set inference_port (kit_port_base)",
     ),
@@ -41,7 +41,7 @@ CAUSES = (
         "a smaller inference_max_num_seqs, fewer images a question, more GPUs or a smaller model; see `make plan`",
     ),
     Cause(
-        r"Free memory on device (?P<device>\S+) \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is "
+        r"Free memory on device(?: \S+)? \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is "
         r"less than desired GPU memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
         "the engine is to take {wanted} GiB, and only {free} of the GPU's {total} are free: something else uses it",
         "`nvidia-smi` shows which process: stop it, or lower inference_gpu_memory_utilization (now {share})",
@@ -70,7 +70,8 @@ CAUSES = (
         "stop other programs, or set inference_kv_cache_gib",
     ),
     Cause(
-        r"[Ww]orker proc \S+ died unexpectedly \(exit code: (?:-9|137)\)|(?:exit code|exitcode)[:= ]*(?:-9|137)\b",
+        # "None" is vLLM's haste: it looks before the system has noted the signal. An error of its own stands before it.
+        r"[Ww]orker proc \S+ died unexpectedly \(exit code: (?:None|-9|137)\)|Failed core proc\(s\): \{[^}]*: -9",
         "one of the engine's processes was killed (signal 9), as the kernel does when the host's memory is short",
         "`dmesg | grep -i 'killed process'` tells for sure; then more memory or a smaller inference_kv_cache_gib",
     ),
@@ -96,7 +97,8 @@ CAUSES = (
     ),
     Cause(
         r"weights were not initialized from checkpoint|There is no module or parameter named|size mismatch|"
-        r"Attempted to load weight \(torch\.Size[^\n]*|assert param(?:_data)?\.(?:shape|size\(\)) == loaded_weight\.",
+        r"Attempted to load weight|The size of tensor a \(\d+\) must match|"
+        r"assert param(?:_data)?\.(?:shape|size\(\)) == loaded_weight\.",
         "the weights are another model's than config.json describes",
         "remove the model's folder below ~/dify-kit/inference/models and run `make deploy`, which fetches it again",
     ),
@@ -107,7 +109,7 @@ CAUSES = (
     ),
     Cause(
         r"User-specified max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len "
-        r"\([^)]*?=(?P<most>[\d.]+)",
+        r"\([^)]*?=(?P<most>\d+)",
         "inference_max_model_len is {asked}, and the model was trained for {most} tokens",
         "{most} or less, or 0 for all of them",
     ),
