@@ -8,19 +8,22 @@ from pathlib import Path
 
 from inference.problem import Problem
 
-# Importing what a server imports compiles the bytecode of those 5,000 modules; compiling all 21,000 files of the
-# environment takes three times as long, and leaving it to the start would do it in several processes at once.
-WARM_UP = (
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.model_executor.model_loader.default_loader",
-    "vllm.model_executor.models.llama",
-    "vllm.v1.attention.backends.cpu_attn",
-    "transformers.modeling_gguf_pytorch_utils",
-)
-ROUTER_WARM_UP = ("vllm_router.router",)
+# By lock. Importing what a server imports compiles the bytecode of those 5,000 modules; compiling all 21,000 files of
+# the environment takes three times as long, and leaving it to the start would do it in several processes at once. What
+# an engine for GPUs imports depends on the GPU: there everything is compiled.
+WARM_UP = {
+    "router": ("vllm_router.router",),
+    "cpu": (
+        "vllm.entrypoints.openai.api_server",
+        "vllm.v1.engine.core",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.model_executor.model_loader.default_loader",
+        "vllm.model_executor.models.llama",
+        "vllm.v1.attention.backends.cpu_attn",
+        "transformers.modeling_gguf_pytorch_utils",
+    ),
+}
 # Our plugin for vLLM. It stays where it lies, like this package: a newer kit's replaces it without a new environment.
 PLUGIN = Path(__file__).with_name("vllm_kimi_vl")
 
@@ -47,20 +50,21 @@ def install(lock: Path, venv: Path, uv: str, python: str) -> None:
             interpreter,
             "-r",
             str(lock),
+            *(["--compile-bytecode"] if lock.stem not in WARM_UP else []),
         ],
         environment,
         f"installing the packages of {lock.name}",
     )
-    if lock.stem != "router":
+    if lock.stem in ("cpu", "cuda"):  # not an older engine: what the plugin brings, it does not know
         plugin = [uv, "pip", "install", "--quiet", "--no-config", "--no-deps", "--offline", "--python", interpreter]
         _run([*plugin, "--editable", str(PLUGIN)], environment, "installing the kit's plugin for vLLM")
-    modules = ROUTER_WARM_UP if lock.stem == "router" else WARM_UP
-    print("compiling what it imports", flush=True)
-    _run(
-        [interpreter, "-c", "import importlib\nfor name in " + repr(modules) + ": importlib.import_module(name)"],
-        environment | {"CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"},
-        "importing what was installed",
-    )
+    if modules := WARM_UP.get(lock.stem):
+        print("compiling what it imports", flush=True)
+        _run(
+            [interpreter, "-c", "import importlib\nfor name in " + repr(modules) + ": importlib.import_module(name)"],
+            environment | {"CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"},
+            "importing what was installed",
+        )
     # `python -m inference` in this environment, from whatever folder it is called.
     for site_packages in venv.glob("lib/python3*/site-packages"):
         (site_packages / "dify_kit.pth").write_text(f"{Path(__file__).resolve().parents[1]}\n", encoding="utf-8")

@@ -26,7 +26,7 @@ ARGV = (
 GPU_LOG = f"""\
 {causes.START}kimi-vl-a3b-instruct: {ARGV}
 (EngineCore pid=7) INFO [core.py:140] Initializing a V1 LLM engine (v0.33.0) with config: model='/w', \
-dtype=torch.float16, max_seq_len=131072, tensor_parallel_size=1, pipeline_parallel_size=1, device_config=cuda, enable_prefix_caching=True
+dtype=torch.float16, max_seq_len=131072, tensor_parallel_size=1, pipeline_parallel_size=1, device_config=cuda, x=1
 (EngineCore pid=7) INFO [cuda.py:512] Using AttentionBackendEnum.FLASH_ATTN_MLA backend.
 (EngineCore pid=7) INFO [selector.py:123] Using FLASH_ATTN MLA prefill backend.
 (EngineCore pid=7) INFO [cuda.py:601] Using backend AttentionBackendEnum.FLASH_ATTN for vit attention
