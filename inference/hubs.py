@@ -133,7 +133,8 @@ class Hub(ABC):
             }.get(code, "not what was asked for")
             raise Unavailable(
                 f"{self.name} ({self.address}) has {what}: it answers {status}{said}. Remedy: look at "
-                f"{self.page}, and correct repository and revision in the model's catalog entry."
+                f"{self.page}, and correct repository and revision in the model's catalog entry (without a revision "
+                "the newest is taken, and recorded)."
             )
         store = urlsplit(response.url).hostname
         if status in (401, 403) and store != urlsplit(self._address).hostname:

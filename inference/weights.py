@@ -210,14 +210,14 @@ def _from(source: str, origin: Origin, model: Model, work: Path, wish: Wish) -> 
             address = os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE
             token = wish.token if wish.source == source else ""
             token = token or os.environ.get("MODELSCOPE_API_TOKEN", "")
-            return _from_hub(hubs.ModelScope("ModelScope", address, origin.name, token), origin, work)
+            return _from_hub(hubs.ModelScope("ModelScope", address, origin.name, token), origin, model, work)
         case _:
             name, address = ("the mirror", wish.mirror) if source == "mirror" else ("Hugging Face", HUGGING_FACE)
             token = wish.token or os.environ.get("HF_TOKEN", "")
-            return _from_hub(hubs.HuggingFace(name, address, origin.name, token), origin, work)
+            return _from_hub(hubs.HuggingFace(name, address, origin.name, token), origin, model, work)
 
 
-def _from_hub(hub: hubs.Hub, origin: Origin, work: Path) -> _Found:
+def _from_hub(hub: hubs.Hub, origin: Origin, model: Model, work: Path) -> _Found:
     """Fetch a revision's files; those of an earlier attempt are gone on with, whichever hub they came from."""
     listing = persist(lambda: hub.listing(origin.revision), HUB_TRIES, _say, threading.Event())
     if not any(file.name.endswith(".safetensors") for file in listing.files):
@@ -225,9 +225,12 @@ def _from_hub(hub: hubs.Hub, origin: Origin, work: Path) -> _Found:
             f"{hub.name} has no weights (*.safetensors) in {origin.name} at {origin.revision}. Remedy: look at "
             f"{hub.page}, and correct repository and revision in the model's catalog entry."
         )
-    if not origin.pinned:
+    if not origin.pinned and origin.revision == listing.revision:
+        _say(f"{hub.name} has {origin.revision}, which the catalog has as unverified")
+    elif not origin.pinned:
         _say(
-            f"nobody has verified the revision {origin.revision} yet; {hub.name} takes it as commit {listing.revision}"
+            f"{hub.name} has {origin.revision} at commit {listing.revision}; to stay with it on every host, write "
+            f"revision: {listing.revision} into inference/catalog/{model.id}.yml"
         )
     before = _read_record(work)
     if before and before["revision"] != listing.revision:

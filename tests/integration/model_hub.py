@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-COMMIT = "1234567890abcdef1234567890abcdef12345678"
 LARGE = ".safetensors"  # what the hub keeps in its store for large files
 
 
@@ -39,14 +38,14 @@ class Trouble:
 
 
 class ModelHub(http.server.ThreadingHTTPServer):
-    """Serves ``folder`` as the commit `COMMIT` of every repository."""
+    """Serves ``folder`` as ``commit``, the newest one, of every repository."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, commit: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
-        self.commit = COMMIT
+        self.commit = commit
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.reset()
 
@@ -69,9 +68,9 @@ class ModelHub(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[ModelHub]:
+def serving(folder: Path, commit: str) -> Iterator[ModelHub]:
     """A hub that answers until the end of the block."""
-    hub = ModelHub(folder)
+    hub = ModelHub(folder, commit)
     thread = threading.Thread(target=functools.partial(hub.serve_forever, poll_interval=0.02))
     thread.start()
     try:

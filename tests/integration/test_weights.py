@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.model_hub import COMMIT, ModelHub, serving
+from inference import catalog
+from tests.integration.model_hub import ModelHub, serving
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m"
@@ -31,6 +32,8 @@ BIG = SHARDS[0]
 MIB = 1 << 20
 CLOSED = "http://127.0.0.1:9"
 TOKEN = "hf_a_token_for_this_test"
+NAME = catalog.load(MODEL).repositories["huggingface"].name
+COMMIT = catalog.load(MODEL).repositories["huggingface"].revision or "main"
 
 
 def safetensors(size: int, seed: int) -> bytes:
@@ -61,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(model: Path) -> Iterator[ModelHub]:
-    with serving(model) as running:
+    with serving(model, COMMIT) as running:
         yield running
 
 
@@ -73,10 +76,20 @@ class Fetch:
         self.output = root / "home" / MODEL
         self.work = root / "cache" / f".{MODEL}.partial"
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(root), "PYTHONUNBUFFERED": "1"}
+        self.revision: str | None = COMMIT  # another one than the catalog's, in the catalog's place
 
     def argv(self, *options: str, model: str = MODEL) -> list[str]:
-        command = [sys.executable, "-m", "inference", "fetch", model, f"--output={self.output}"]
-        return [*command, f"--cache={self.root / 'cache'}", *options]
+        program = ["-m", "inference"]
+        if self.revision != COMMIT:
+            script = (
+                "import sys\nfrom dataclasses import replace\nfrom inference import catalog, cli\nload = catalog.load\n"
+                f"other = catalog.Repository({NAME!r}, {self.revision!r}, False)\n"
+                "catalog.load = lambda name: replace(load(name), repositories={'huggingface': other})\n"
+                "sys.exit(cli.main(sys.argv[1:]))\n"
+            )
+            program = ["-c", script]
+        options = (f"--output={self.output}", f"--cache={self.root / 'cache'}", *options)
+        return [sys.executable, *program, "fetch", model, *options]
 
     def __call__(self, *options: str, model: str = MODEL, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -127,12 +140,11 @@ def test_what_an_engine_needs_is_fetched_checked_and_recorded(hub: ModelHub, fet
         "model": MODEL,
         "source": "mirror",
         "address": hub.url,
-        "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "requested": "main",
+        "name": NAME,
+        "requested": COMMIT,
         "revision": COMMIT,
         "files": 0,
     }
-    assert f"nobody has verified the revision main yet; the mirror takes it as commit {COMMIT}" in done.stdout
     assert re.search(r"fetched 7\.3 MB in \d+ s \(.*/s\); all hashes are right", done.stdout)
     assert not fetch.work.exists()
 
@@ -265,11 +277,11 @@ def test_a_licence_that_was_not_accepted(hub: ModelHub, fetch: Fetch) -> None:
     done = fetch(*mirror(hub))
     assert done.returncode == 2
     assert "only to who has accepted its licence: it answers 401" in done.stdout
-    assert f"accept it at {hub.url}/HuggingFaceTB/SmolLM2-135M-Instruct" in done.stdout
+    assert f"accept it at {hub.url}/{NAME}" in done.stdout
     assert "inference_hub_token or HF_TOKEN" in done.stdout
     done = fetch(*mirror(hub), HF_TOKEN="hf_of_somebody_else")
     assert done.returncode == 2
-    assert "does not give HuggingFaceTB/SmolLM2-135M-Instruct to this token: it answers 403" in done.stdout
+    assert f"does not give {NAME} to this token: it answers 403" in done.stdout
     assert "somebody_else" not in done.stdout
 
 
@@ -291,20 +303,27 @@ def test_the_token_reaches_the_hub_and_nobody_else(hub: ModelHub, fetch: Fetch) 
 
 
 def test_a_revision_that_is_not_there(hub: ModelHub, fetch: Fetch) -> None:
-    """A pinned commit that the hub does not know, as after a rewrite; the entry is given one here."""
-    hub.commit = "0" * 40
-    script = (
-        "import sys\nfrom dataclasses import replace\nfrom inference import catalog, cli\nload = catalog.load\n"
-        f"pinned = catalog.Repository('a/b', '{COMMIT}', True)\n"
-        "catalog.load = lambda name: replace(load(name), repositories={'huggingface': pinned})\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
-    )
-    argv = fetch.argv(*mirror(hub))
-    argv[1:3] = ["-c", script]
-    done = subprocess.run(argv, cwd=REPO, env=fetch.environment, capture_output=True, text=True)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "no such revision of a/b: it answers 404 (Invalid rev: " + COMMIT in done.stderr
-    assert "correct repository and revision in the model's catalog entry" in done.stderr
+    """As after a repository was rewritten, or a slip in the catalog."""
+    fetch.revision = "0" * 40
+    done = fetch(*mirror(hub))
+    assert done.returncode == 2, done.stdout
+    assert f"no such revision of {NAME}: it answers 404 (Invalid rev: {fetch.revision})" in done.stdout
+    assert "correct repository and revision in the model's catalog entry" in done.stdout
+
+
+def test_no_revision_in_the_catalog_yet(hub: ModelHub, fetch: Fetch) -> None:
+    """The newest is taken, named and recorded; it stays, whatever the hub has later."""
+    fetch.revision = None
+    done = fetch(*mirror(hub))
+    assert done.returncode == 0, done.stdout
+    assert f"the mirror has main at commit {COMMIT}" in done.stdout
+    assert f"write revision: {COMMIT} into inference/catalog/{MODEL}.yml" in done.stdout
+    assert (fetch.record["requested"], fetch.record["revision"]) == ("main", COMMIT)
+    hub.commit = "f" * 40
+    asked = len(hub.asked)
+    assert fetch(*mirror(hub)).returncode == 0
+    assert len(hub.asked) == asked
+    assert fetch.record["revision"] == COMMIT
 
 
 def test_a_mirror_that_lists_names_only(hub: ModelHub, fetch: Fetch) -> None:
@@ -395,7 +414,7 @@ def test_a_new_revision_fetches_what_has_changed(hub: ModelHub, fetch: Fetch, mo
     for path in model.glob("*.*"):
         (changed / path.name).write_bytes(path.read_bytes())
     (changed / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "more": 1}')
-    hub.folder, hub.commit = changed, "f" * 40
+    hub.folder, hub.commit, fetch.revision = changed, "f" * 40, "f" * 40
     hub.ranges.clear()
     before = (fetch.output / "config.json").read_bytes()
     first, fetch.output = fetch.output, fetch.root / "home" / f"{MODEL}-2"
