@@ -85,7 +85,8 @@ def _cpu_arguments(model: Model, settings: Settings) -> list[str]:
 def _gpus_here(settings: Settings) -> int:
     """How many of the host's GPUs the engine takes; across hosts its plan counts the others' as well."""
     if settings.node:
-        return settings.node.gpus
+        scale.check_gpus(settings.node, len(settings.gpus))
+        return settings.node.gpus or 1
     return settings.plan.tensor_parallel if settings.plan else 1
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
+from inference import scale
 from inference.catalog import Model
 from inference.hardware import Gpus
 from inference.planner import Plan, Wishes, plan
@@ -91,7 +92,9 @@ def settle(model: Model, gpus: Gpus, wishes: Wishes, replicas: int = 1, node: No
     """
     backends(model, gpus.card.compute_capability)  # says more than a plan that finds nothing
     count = len(gpus.indices)
-    if node:  # its parts are cut differently, but each card has an equal share of the weights
+    if node:
+        scale.check_gpus(node, count)
+        # Its parts are cut differently, but each card has an equal share of the weights.
         count = node.tensor_parallel * node.pipeline_parallel
         wishes = replace(wishes, tensor_parallel=count)
     elif replicas > 1:

@@ -175,6 +175,24 @@ def nodes(
     ]
 
 
+def check_gpus(node: Node, gpus: int) -> None:
+    """Whether a host has the GPUs that its part of the model was placed with.
+
+    Raises:
+        Problem: it has not, or none were counted where the engine finds some.
+    """
+    if node.gpus > gpus:
+        raise Problem(
+            f"inference_gpus of {node.host} is {node.gpus}, but the engine can use {gpus} there. "
+            "Remedy: the right number in the inventory, the same for all of the model's hosts."
+        )
+    if gpus and not node.gpus:
+        raise Problem(
+            f"{node.host} has GPUs ({gpus}), but its inference_gpus is 0. "
+            "Remedy: say in the inventory how many each of the model's hosts gives, or set inference_hardware: cpu."
+        )
+
+
 def common_network(hosts: Sequence[Host], interface: str = "") -> dict[str, Interface]:
     """Each host's interface in the network that all of them share; of several the one whose slowest link is fastest.
 

@@ -169,6 +169,14 @@ def test_a_gpu_engine_across_hosts(tmp_path: Path) -> None:
     assert parallel[-2:] == ["--tensor-parallel-size=4", "--pipeline-parallel-size=2"]
 
 
+@pytest.mark.parametrize(("counted", "there", "says"), [(4, 2, "can use 2 there"), (4, 0, "can use 0"), (0, 2, "is 0")])
+def test_gpus_that_were_counted_wrongly(counted: int, there: int, says: str) -> None:
+    node, _ = scale.nodes([host("one", 11, counted), host("two", 12, counted)], 17810)
+    with pytest.raises(Problem, match=says):
+        scale.check_gpus(node, there)
+    scale.check_gpus(node, counted)
+
+
 def test_arguments_with_ray() -> None:
     first, second = scale.nodes([host("one", 11, 4), host("two", 12, 4)], 17810, backend="ray")
     expected = ["--tensor-parallel-size=4", "--pipeline-parallel-size=2", "--distributed-executor-backend=ray"]
