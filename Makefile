@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev deploy check status logs restart start stop debug metrics recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e bench-deploy bench-inference
+.PHONY: help venv venv-dev deploy check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e test-gpu bench-deploy bench-inference
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ debug: venv  ## SERVICE=api under a debugger to attach to
 metrics: venv  ## what Prometheus can scrape, as a file for its file_sd_configs; dashboard: deploy/dashboards
 	@$(KIT) metrics
 
+model: venv  ## serve another MODEL=, and let Dify use it; the old one's weights stay
+	@$(KIT) model $(MODEL) $(MODE_ARGS) $(ARGS)
+
+prune-models: venv  ## weights and engines that no service uses any more; ARGS=--delete removes them
+	@$(KIT) prune-models $(ARGS)
+
 recover-secrets: venv  ## a site that lost its secrets.yml: take them from its host's files
 	@$(KIT) play recover_secrets $(ARGS)
 
@@ -75,6 +81,9 @@ integration: venv-dev  ## real parts under a throw-away home
 
 e2e: venv-dev  ## whole deploys by throw-away users, as root; without Dify where its source cannot be had
 	@.venv/bin/pytest -q -s tests/e2e
+
+test-gpu: venv-dev  ## plan, install, serve and prove on this host's GPUs; ARGS=--help
+	@tests/gpu/run $(ARGS)
 
 bench-deploy: venv-dev  ## cold, cached and no-op deploys by a throw-away user, as root: times by step
 	@.venv/bin/python -m tests.bench.deploy

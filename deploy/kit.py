@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -164,6 +165,49 @@ def bench(folder: Path, arguments: list[str]) -> int:
     return MEND if worst else 0
 
 
+def switch(site: str, folder: Path, model: str, arguments: list[str]) -> int:
+    """Deploy another model, and when it has answered, make it the site's: until then the old one is."""
+    known = sorted(path.stem for path in (ROOT / "inference/catalog").glob("*.yml"))
+    if model not in known:
+        fail(f"There is no model {model!r} in inference/catalog.\nRemedy: MODEL= one of {', '.join(known)}.")
+    settings = folder / "group_vars/kit/settings.yml"
+    text = settings.read_text() if settings.exists() else "---\n"
+    if re.search(r"^inference_endpoint\s*:\s*[\"']?external", text, re.MULTILINE):
+        fail(f"The model of {site} is another server's (inference_endpoint: external).\nRemedy: change provider_model.")
+    others = [
+        str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+        for path in sorted(folder.rglob("*.yml"))
+        if path != settings and re.search(r"^\s*inference_model\s*:", path.read_text(), re.MULTILINE)
+    ]
+    if others:
+        fail(f"inference_model stands in {', '.join(others)}.\nRemedy: write {model} there, then make deploy.")
+    status = deploy(folder, [*arguments, "-e", f"inference_model={model}"])
+    if status or "--check" in arguments:
+        return status
+    line = f"inference_model: {model}\n"
+    text, replaced = re.subn(r"^inference_model\s*:.*\n?", line, text, flags=re.MULTILINE)
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(text if replaced else text.rstrip("\n") + "\n" + line)
+    print(f"\n{model} is now the model of the site {site} ({settings}).")
+    print("What the old one has left: make prune-models")
+    return 0
+
+
+def prune_models(folder: Path, arguments: list[str]) -> int:
+    """List or delete what earlier models and engines have left on each host; the worst exit status."""
+    worst = 0
+    for name, host in site_state(folder)["hosts"].items():
+        service = host["model_service"]
+        if "cache" not in service:
+            fail(f"{name} was deployed by a kit that did not note this yet.\nRemedy: make deploy")
+        if len(site_state(folder)["hosts"]) > 1:
+            print(f"--- {name}")
+        command = [service["python"], "-m", "inference", "prune", f"--home={host['kit_home']}"]
+        command += [f"--cache={service['cache']}", *arguments]
+        worst = max(worst, subprocess.run(as_service_user(host, command)).returncode)
+    return MEND if worst else 0
+
+
 def bench_command(host: dict[str, Any], arguments: list[str]) -> list[str]:
     """``python -m inference bench`` for a host, with the keys from the files that only the service user can read."""
     home, service = host["kit_home"], host["model_service"]
@@ -224,7 +268,9 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--site", default="local", help="folder name below deploy/inventories")
-    parser.add_argument("verb", choices=["deploy", "check", "metrics", "bench", "play", "host"])
+    parser.add_argument(
+        "verb", choices=["deploy", "check", "model", "prune-models", "metrics", "bench", "play", "host"]
+    )
     options, arguments = parser.parse_known_args()
     folder = inventory(options.site)
     try:
@@ -232,6 +278,11 @@ def main() -> int:
             return deploy(folder, arguments)
         if options.verb == "check":
             return checks(folder, arguments)
+        if options.verb == "model":
+            model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else ""
+            return switch(options.site, folder, model, arguments)
+        if options.verb == "prune-models":
+            return prune_models(folder, arguments)
         if options.verb == "metrics":
             return metrics(options.site, folder)
         if options.verb == "bench":

@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from inference import bench, catalog, causes, engine, hardware, launcher, probe, proof
+from inference import bench, catalog, causes, engine, hardware, launcher, probe, proof, prune
 from inference.install import install
 from inference.planner import GOALS, Wishes
 from inference.problem import Problem
@@ -86,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--ready-seconds", type=int, default=900)
     for name, number in dataclasses.asdict(bench.Load()).items():
         one.add_argument(f"--{name.replace('_', '-')}", type=int, default=number)
+
+    one = commands.add_parser("prune", help="list weights and environments that no service uses")
+    one.add_argument("--home", type=Path, required=True, help="kit_home")
+    one.add_argument("--cache", type=Path, required=True, help="kit_cache")
+    one.add_argument("--delete", action="store_true")
 
     commands.add_parser("models", help="list the catalog")
     return top
@@ -196,6 +201,8 @@ def run(options: argparse.Namespace) -> None:
             print(probe.ready(options.url, options.model, options.wait))
         case "bench":
             bench.report(options)
+        case "prune":
+            print("\n".join(prune.report(options.home, options.cache, options.delete)))
         case "models":
             for model in map(catalog.load, catalog.ids()):
                 print(f"{model.id}\t{model.title}\t{'+'.join(model.modalities)}\t{model.context_length} tokens")
