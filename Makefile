@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev deploy check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e test-gpu bench-deploy bench-inference
+.PHONY: help venv venv-dev venv-plot deploy plan check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e test-gpu bench-deploy bench-inference
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -16,7 +16,10 @@ venv:
 	@$(PYTHON) deploy/bootstrap.py
 
 venv-dev:
-	@$(PYTHON) deploy/bootstrap.py --group dev
+	@$(PYTHON) deploy/bootstrap.py --group dev --group plot
+
+venv-plot:
+	@$(PYTHON) deploy/bootstrap.py --group plot
 
 deploy: venv  ## everything, to an answered question; DIFY=skip leaves Dify out; ARGS=--check only looks
 	@$(KIT) deploy $(MODE_ARGS) $(ARGS)
@@ -44,6 +47,10 @@ debug: venv  ## SERVICE=api under a debugger to attach to
 
 metrics: venv  ## what Prometheus can scrape, as a file for its file_sd_configs; dashboard: deploy/dashboards
 	@$(KIT) metrics
+
+plan: $(if $(PLOT),venv-plot,venv)  ## where a GPU's memory goes with MODEL=; GPU=a100-40g GPUS=2 (or this host's), GOAL=most-users, PLOT=plan.png
+	@.venv/bin/python -m inference plan $(MODEL) $(if $(GPU),--gpu $(GPU)) $(if $(GPUS),--gpus $(GPUS)) \
+	  $(if $(GOAL),--goal $(GOAL)) $(if $(PLOT),--plot $(PLOT)) $(ARGS)
 
 model: venv  ## serve another MODEL=, and let Dify use it; the old one's weights stay
 	@$(KIT) model $(MODEL) $(MODE_ARGS) $(ARGS)

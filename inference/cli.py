@@ -1,4 +1,4 @@
-"""The command line: ``install``, ``fetch``, ``serve``, ``ready`` and ``models``."""
+"""The command line: ``install``, ``fetch``, ``serve``, ``ready``, ``plan``, ``models`` and more."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from inference import bench, catalog, causes, engine, hardware, launcher, probe, proof, prune
+from inference import bench, catalog, causes, engine, hardware, launcher, planner, probe, proof, prune
 from inference.install import install
-from inference.planner import GOALS, Wishes
+from inference.planner import GOALS, Wishes, show
 from inference.problem import Problem
 from inference.scale import Node
 
@@ -87,12 +87,42 @@ def parser() -> argparse.ArgumentParser:
     for name, number in dataclasses.asdict(bench.Load()).items():
         one.add_argument(f"--{name.replace('_', '-')}", type=int, default=number)
 
+    one = commands.add_parser("plan", help="where a GPU's memory goes, and what the kit passes to the engine")
+    one.add_argument("model", nargs="?")
+    one.add_argument("--gpu", default="", help="a card of inference/planner/cards.yml; empty: this host's")
+    one.add_argument("--gpus", type=int, default=0, help="how many; 0: all of this host's, or one")
+    one.add_argument("--goal", default=GOALS[0], help=f"{' or '.join(GOALS)}")
+    one.add_argument("--dtype", default="", help="empty: the catalog's, or what the GPU can")
+    one.add_argument("--kv-cache-dtype", default="auto")
+    one.add_argument("--tensor-parallel", type=int, default=0)
+    one.add_argument("--max-model-len", type=int, default=0)
+    one.add_argument("--max-num-seqs", type=int, default=0)
+    one.add_argument("--images-per-prompt", type=int)
+    one.add_argument("--gpu-memory-utilization", type=float, default=0.0)
+    one.add_argument("--plot", type=Path, help="draw it, too: plan.png, plan.svg")
+
+    one = commands.add_parser("plan-training", help="what training a model takes of each GPU's memory")
+    one.add_argument("model")
+    one.add_argument("--gpu", default="", help="a card of inference/planner/cards.yml, to say whether it fits")
+    one.add_argument("--cards", type=int, default=1, help="data-parallel")
+    one.add_argument("--method", default="full", help="full or lora")
+    one.add_argument("--zero", type=int, default=0, help="ZeRO's stage: 1 to 3; 0: without")
+    one.add_argument("--batch", type=int, default=1, help="sequences on a card at a time")
+    one.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    one.add_argument("--rank", type=int, default=16, help="LoRA's")
+    one.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="keep all activations")
+
     one = commands.add_parser("prune", help="list weights and environments that no service uses")
     one.add_argument("--home", type=Path, required=True, help="kit_home")
     one.add_argument("--cache", type=Path, required=True, help="kit_cache")
     one.add_argument("--delete", action="store_true")
 
     commands.add_parser("models", help="list the catalog")
+
+    one = commands.add_parser("catalog", help="draft an entry of the catalog")
+    one.add_argument("action", choices=["add"])
+    one.add_argument("config", type=Path, help="the model's config.json")
+    one.add_argument("--id", default="", help="write inference/catalog/<id>.yml; else only show the draft")
     return top
 
 
@@ -165,6 +195,54 @@ def serving(options: argparse.Namespace, model: catalog.Model, gpus: hardware.Gp
     )
 
 
+def show_plan(options: argparse.Namespace) -> None:
+    """Plan, print the table, and draw the picture where one is wanted."""
+    if not options.model:
+        models = ", ".join(name for name in catalog.ids() if "cuda" in catalog.load(name).engines)
+        raise Problem(f"For which model? Remedy: make plan MODEL= one of {models}.")
+    card, count = (planner.card(options.gpu), 1) if options.gpu else planner.on_host()
+    wishes = Wishes(
+        goal=options.goal,
+        dtype=options.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
+        tensor_parallel=options.tensor_parallel,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        images_per_prompt=options.images_per_prompt,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+    plan = planner.plan(catalog.load(options.model), card, options.gpus or count, wishes)
+    print(show.table(plan, launcher.arguments(plan)))
+    if options.plot:
+        from inference.planner.plot import draw  # with matplotlib, which only this needs
+
+        draw(plan, options.plot)
+        print(f"\n  {options.plot} shows it.")
+
+
+def show_training(options: argparse.Namespace) -> None:
+    """Plan a training and print the table."""
+    from inference.planner import training
+
+    model = catalog.load(options.model)
+    architecture = planner.architecture.read(model.config)
+    recipe = training.Recipe(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(training.Recipe)}
+    )
+    card = planner.card(options.gpu) if options.gpu else None
+    print(show.training_table(model.title, architecture, recipe, training.plan_training(architecture, recipe), card))
+
+
+def add_to_catalog(options: argparse.Namespace) -> None:
+    """Draft an entry; show it, or write it."""
+    from inference.catalog import draft
+
+    if options.id:
+        print(f"{draft.add(options.config, options.id)} is drafted: fill in what says TODO.")
+    else:
+        print(draft.draft(options.config), end="")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 2 with one line on stderr where the caller has to do something."""
     options = parser().parse_args(argv)
@@ -201,6 +279,12 @@ def run(options: argparse.Namespace) -> None:
             print(probe.ready(options.url, options.model, options.wait))
         case "bench":
             bench.report(options)
+        case "plan":
+            show_plan(options)
+        case "plan-training":
+            show_training(options)
+        case "catalog":
+            add_to_catalog(options)
         case "prune":
             print("\n".join(prune.report(options.home, options.cache, options.delete)))
         case "models":

@@ -42,18 +42,28 @@ class Cache:
 
 @dataclass(frozen=True)
 class Text:
-    """What of the language model decides on memory at run time. ``experts_per_token`` is 0 for a dense model."""
+    """What of the language model decides on memory at run time.
+
+    Attributes:
+        attention: a layer's matrices, inputs x outputs; the last gives attention's output.
+        intermediate: columns of a dense feed-forward layer.
+        active_intermediate: columns that one token passes in a layer, those of its experts together.
+        experts_per_token: 0 for a dense model.
+        latent: multi-head latent attention, MLA.
+        recurrent_layers: layers that keep a state a conversation instead of a cache a token.
+    """
 
     hidden: int
     layers: int
     heads: int
     kv_heads: int
+    attention: tuple[tuple[int, int], ...]
     intermediate: int
+    active_intermediate: int
     vocabulary: int
-    context: int
     experts_per_token: int
-    latent: bool  # MLA
-    recurrent_layers: int  # keep a state a conversation instead of a cache a token
+    latent: bool
+    recurrent_layers: int
 
 
 @dataclass(frozen=True)
@@ -151,9 +161,10 @@ def _text(config: Mapping[str, Any]) -> tuple[Text, tuple[Weight, ...], tuple[Ca
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
+        attention=_attention_matrices(config, kv_heads),
         intermediate=config.get("intermediate_size_mlp") or config.get("intermediate_size") or 0,
+        active_intermediate=_active_intermediate(config),
         vocabulary=config["vocab_size"],
-        context=config.get("max_position_embeddings", 0),
         experts_per_token=config.get("num_experts_per_tok") or 0 if _experts(config) else 0,
         latent=latent,
         recurrent_layers=recurrent,
@@ -189,7 +200,7 @@ def _latent_attention(config: Mapping[str, Any]) -> Iterator[Weight]:
 def _attention(config: Mapping[str, Any], kv_heads: int) -> Iterator[Weight]:
     """Multi-head and grouped-query attention."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
+    width = _width(config)
     gated = 2 if config.get("attn_output_gate") or config.get("model_type") == "qwen3_next" else 1
     yield Weight("attention", hidden * heads * width * gated)
     yield Weight("attention", 2 * hidden * kv_heads * width, split="heads", count=kv_heads)
@@ -214,6 +225,36 @@ def _linear_attention(config: Mapping[str, Any]) -> Iterator[Weight]:
     yield Weight("norms", (2 * keys + values) * config["linear_conv_kernel_dim"] + 2 * value_heads, linear=False)
 
 
+def _attention_matrices(config: Mapping[str, Any], kv_heads: int) -> tuple[tuple[int, int], ...]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if rank := config.get("kv_lora_rank"):
+        rope, nope, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
+        query, narrow = heads * (nope + rope), config.get("q_lora_rank")
+        queries = ((hidden, narrow), (narrow, query)) if narrow else ((hidden, query),)
+        return (*queries, (hidden, rank + rope), (rank, heads * (nope + value)), (heads * value, hidden))
+    query, key = heads * _width(config), kv_heads * _width(config)
+    return (hidden, query), (hidden, key), (hidden, key), (query, hidden)
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _active_intermediate(config: Mapping[str, Any]) -> int:
+    if not _experts(config):
+        return int(config["intermediate_size"])
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    return int(width * config["num_experts_per_tok"] + _shared(config))
+
+
+def _shared(config: Mapping[str, Any]) -> int:
+    """Columns of the experts that every token passes."""
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    if str(config.get("model_type")).startswith("llama4"):
+        return int(width)
+    return int(config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width)
+
+
 def _experts(config: Mapping[str, Any]) -> int:
     return int(config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts") or 0)
 
@@ -228,11 +269,8 @@ def _feed_forward(config: Mapping[str, Any]) -> Iterator[Weight]:
     if not sparse:
         return
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width
-    if config.get("model_type", "").startswith("llama4"):
-        shared = width
     yield Weight("experts", 3 * hidden * width * experts * len(sparse), count=experts)
-    if shared:
+    if shared := _shared(config):
         yield Weight("mlp", 3 * hidden * shared * len(sparse))
     # DeepSeek-V3 corrects its router with a bias that is no part of the loss.
     router = hidden + (1 if str(config.get("model_type")).startswith("deepseek_v3") else 0)
@@ -269,7 +307,7 @@ def _caches(config: Mapping[str, Any], kv_heads: int) -> Iterator[Cache]:
         indexer = config["index_head_dim"] + 4 if config.get("index_n_heads") else 0
         yield Cache(config["num_hidden_layers"], 0, rank + config["qk_rope_head_dim"], fixed_bytes=indexer)
         return
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = _width(config)
     kinds = _layer_kinds(config)
     if full := kinds.count("full_attention"):
         yield Cache(full, kv_heads, 2 * width)

@@ -93,6 +93,11 @@ class Plan:
         return read(self.model.config)
 
     @property
+    def cache_bytes(self) -> float:
+        """Bytes of a number in the KV cache."""
+        return CACHE_BYTES[self.kv_cache_dtype] or VALUE_BYTES[self.dtype]
+
+    @property
     def replicas(self) -> int:
         """Engines that the offered cards can run side by side."""
         return self.gpus // self.tensor_parallel
@@ -316,7 +321,7 @@ def _notes(model: Model, engine: Engine, card: Card, gpus: int, parallel: int, d
         count = gpus // parallel
         yield f"One engine uses {parallel} of {gpus} cards: inference_replicas: {count} runs {count} engines."
     if card.compute_capability < 8 and model.images:
-        yield "No FlashAttention on this card: an image's attention scores are counted whole."
+        yield "No FlashAttention on this card: images go through PyTorch's attention, not measured there yet."
 
 
 def _refusal(
@@ -390,7 +395,9 @@ def _fits(model: Model, card: Card, gpus: int, wishes: Wishes) -> bool:
         dtype = _dtype(model, engine, card, wishes)
     except Problem:
         return False
+    # The least that can be asked for: if that does not fit, nothing does.
+    sequences, images = wishes.max_num_seqs or 1, min(_images(model, wishes))
     return any(
-        _best(model, engine, architecture, card, gpus, parallel, dtype, wishes)
+        _fit(model, engine, architecture, card, gpus, parallel, dtype, wishes, sequences, images)
         for parallel in _parallel(architecture, gpus, wishes)
     )

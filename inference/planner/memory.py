@@ -116,7 +116,7 @@ def estimate(model: Architecture, card: Card, settings: Settings) -> Memory:
     tower = frozenset({"vision", "projector"})
     vision_weights = model.weight_bytes(size, parallel, parts=tower) if model.vision else 0
     weights = model.weight_bytes(size, parallel) - vision_weights
-    images, looking = _vision(model, card, settings)
+    images, looking = _vision(model, settings)
     tokens = settings.max_num_batched_tokens
     workspace = _experts(model, card, settings)
     kept = engine >= (0, 14, 0)  # it stays between steps since then
@@ -198,7 +198,7 @@ def log_tokens(model: Architecture, memory: Memory, settings: Settings) -> int:
     return max(0, int(memory.cache / (each * (layers + model.text.recurrent_layers) / layers)))
 
 
-def _vision(model: Architecture, card: Card, settings: Settings) -> tuple[float, float]:
+def _vision(model: Architecture, settings: Settings) -> tuple[float, float]:
     """Bytes of kept image tokens, and of the tower's activations, at the most images that one step takes."""
     vision, each = model.vision, settings.image_tokens
     if vision is None or vision.codebook or not each or not settings.images_per_prompt:
@@ -208,6 +208,7 @@ def _vision(model: Architecture, card: Card, settings: Settings) -> tuple[float,
     patches, parallel = each * vision.merge, settings.tensor_parallel
     row = 3 * vision.hidden + max(4 * vision.hidden, 2 * vision.intermediate) / parallel
     activations = number * patches * row * settings.value_bytes
-    if card.compute_capability < 8:  # no FlashAttention: one image's whole score matrix, before and after the softmax
-        activations += 2 * vision.heads / parallel * patches**2 * settings.value_bytes
+    if version(settings.engine) < vision.flash_since:
+        # PyTorch's attention with a mask, over all images at once, on every card alike: scores, and their softmax.
+        activations += 2 * vision.heads * (number * patches) ** 2 * settings.value_bytes
     return number * each * vision.output * settings.value_bytes, activations

@@ -22,6 +22,7 @@ class Vision:
         output: numbers of one image token as it is kept until the language model takes it.
         weights: tower and projector.
         codebook: the image is turned into tokens of the vocabulary (Chameleon); nothing is kept.
+        flash_since: vLLM's version since which FlashAttention does the tower's attention.
     """
 
     hidden: int
@@ -32,6 +33,7 @@ class Vision:
     output: int
     weights: tuple[Weight, ...]
     codebook: bool = False
+    flash_since: tuple[int, int, int] = (0, 0, 0)
 
 
 def read_vision(config: Mapping[str, Any], text_hidden: int) -> Vision | None:
@@ -94,6 +96,7 @@ def _moonvit(c: Mapping[str, Any]) -> Vision:
             *_tower(layers, _block(hidden, intermediate), embedding + 2 * hidden),
             Weight("projector", projector, split="none", linear=False),
         ),
+        flash_since=(0, 14, 0),  # vllm#31738: heads of 72 numbers
     )
 
 
