@@ -371,13 +371,13 @@ def _remedies(model: Model, card: Card, gpus: int, wishes: Wishes) -> Iterator[s
     if bigger:
         yield f"a bigger card ({', '.join(f'GPU={other.id}' for other in bigger[:3])})"
     for name, smaller in (
-        ("no fixed context (inference_max_model_len: 0)", replace(wishes, max_model_len=0)),
-        ("fewer questions at a time (inference_max_num_seqs)", replace(wishes, max_num_seqs=0)),
-        ("fewer images a question", replace(wishes, images_per_prompt=None)),
-        ("a KV cache in fp8", replace(wishes, kv_cache_dtype="fp8")),
+        ("inference_max_model_len: 0", replace(wishes, max_model_len=0)),
+        ("inference_max_num_seqs: 0", replace(wishes, max_num_seqs=0)),
+        ("inference_images_per_prompt: -1", replace(wishes, images_per_prompt=None)),
+        ("inference_gpu_memory_utilization: 0", replace(wishes, gpu_memory_utilization=0.0)),
     ):
         if smaller != wishes and _fits(model, card, gpus, smaller):
-            yield name
+            yield f"{name}, which leaves it to the planner"
     yield "a smaller model (python -m inference models)"
 
 

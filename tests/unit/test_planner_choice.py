@@ -136,7 +136,7 @@ def test_too_long_a_context_names_ways_that_fit() -> None:
     with pytest.raises(Problem) as caught:
         plan("rtx3090", max_model_len=131072, model="qwen3-vl-8b")
     assert "one conversation of 131072 tokens" in str(caught.value)
-    assert "no fixed context (inference_max_model_len: 0)" in str(caught.value)
+    assert "inference_max_model_len: 0, which leaves it to the planner" in str(caught.value)
 
 
 def test_contradictions_all_at_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,20 @@ class Row:
     tokens: int
     graphs: float
     cache_bytes: int
+    others: dict[str, Any] = field(default_factory=dict)
 
     def estimate(self) -> tuple[Memory, int]:
-        small = self.card == "A100_80"
-        settings = Settings(
-            engine=self.engine,
-            tensor_parallel=self.cards,
-            max_num_seqs=256 if small else 1024,
-            max_num_batched_tokens=2048 if small else 8192,
-            utilisation=self.share,
-            cache_bytes=self.cache_bytes,
-            image_tokens=DATA["models"][self.model].get("image_tokens", 0),
-            images_per_prompt=999,  # the engine's default
-        )
+        values: dict[str, Any] = {
+            "engine": self.engine,
+            "tensor_parallel": self.cards,
+            "max_num_seqs": 1024,
+            "max_num_batched_tokens": 8192,
+            "utilisation": self.share,
+            "cache_bytes": self.cache_bytes,
+            "image_tokens": DATA["models"][self.model].get("image_tokens", 0),
+            "images_per_prompt": 999,  # the engine's default
+        }
+        settings = Settings(**(values | self.others))
         architecture = model(self.model)
         memory = estimate(architecture, CARDS[self.card], settings)
         return memory, log_tokens(architecture, memory, settings)
