@@ -214,6 +214,8 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _told(way: Way, options: argparse.Namespace, load: Load) -> dict[str, Any]:
+    if not way.dify:
+        probe.ready(way.url, options.model, wait=5)  # else only its time limit would end the benchmark
     begun = time.monotonic()
     result = measure(way, options.model, options.weights, load)
     print(f"measured {way.name} in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
