@@ -113,9 +113,13 @@ class Progress:
     def there(self, count: int) -> None:
         """Note bytes of an earlier fetch; less than 0 takes back what turned out wrong. They do not count as speed."""
         with self._lock:
+            if self._done == self._old:  # nor does the time to check them
+                self._began = time.monotonic()
+                self._next = self._began + self._seconds
+                self._samples = deque([(self._began, self._done)], maxlen=self._samples.maxlen)
             self._done += count
-            self._samples = deque(((at, done + count) for at, done in self._samples), maxlen=self._samples.maxlen)
             self._old += count
+            self._samples = deque(((at, done + count) for at, done in self._samples), maxlen=self._samples.maxlen)
 
     def tell(self, text: str) -> None:
         """Say something between the figures."""
