@@ -4,6 +4,7 @@
 """
 
 from inference.planner.cards import Card, card, known, on_host
-from inference.planner.choice import GOALS, Plan, Wishes, plan
+from inference.planner.choice import plan
+from inference.planner.outcome import GOALS, Plan, Wishes
 
 __all__ = ["GOALS", "Card", "Plan", "Wishes", "card", "known", "on_host", "plan"]

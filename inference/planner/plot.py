@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from inference.planner import show
 from inference.planner.cards import GIB
-from inference.planner.choice import Plan
+from inference.planner.outcome import Plan
 from inference.problem import Problem
 
 if TYPE_CHECKING:

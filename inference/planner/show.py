@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from inference.planner.architecture import Architecture
 from inference.planner.cards import GIB, Card
-from inference.planner.choice import Plan
+from inference.planner.outcome import Plan
 from inference.planner.training import Recipe, Training
 
 BAR = 40  # characters for the whole card

@@ -10,7 +10,7 @@ import pytest
 from inference import catalog
 from inference.planner.architecture import read
 from inference.planner.cards import GIB
-from inference.planner.choice import ENGINE
+from inference.planner.fit import ENGINE
 from inference.problem import Problem
 
 LLAMA: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 from inference import catalog, planner
 from inference.planner.architecture import read
 from inference.planner.cards import GIB, parse_smi
-from inference.planner.choice import ENGINE, UNSURE
+from inference.planner.fit import ENGINE, UNSURE
 from inference.planner.memory import Settings, estimate, version
 from inference.problem import Problem
 
