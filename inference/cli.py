@@ -251,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 

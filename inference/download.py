@@ -92,6 +92,7 @@ class Progress:
         self._total = total
         self._out = out or sys.stdout
         self._live = self._out.isatty()
+        self._open = False
         self._seconds = 0.5 if self._live else seconds
         self._done = self._old = 0
         self._began = time.monotonic()
@@ -132,6 +133,12 @@ class Progress:
         new = self._done - self._old
         return f"{size(new)} in {duration(seconds)} ({size(new / max(seconds, 0.001))}/s)"
 
+    def close(self) -> None:
+        """Leave a line that lives: what others print begins a new one."""
+        if self._open:
+            self._out.write("\n")
+            self._open = False
+
     def _line(self, now: float) -> str:
         begin, before = self._samples[0]
         rate = (self._done - before) / max(now - begin, 0.001)
@@ -142,6 +149,7 @@ class Progress:
     def _write(self, text: str, last: bool = False) -> None:
         if self._live:
             self._out.write(f"\r\x1b[K{text}" + ("\n" if last else ""))
+            self._open = not last
         else:
             self._out.write(text + "\n")
         self._out.flush()
@@ -295,7 +303,9 @@ def fetch_files(files: Sequence[File], folder: Path, read: Reader) -> dict[str, 
             errors = [error for job in jobs.values() if (error := job.exception())]
         except BaseException:  # Ctrl-C
             stop.set()
+            progress.close()
             raise
+    progress.close()
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Problem(

@@ -259,6 +259,7 @@ def _from_folder(folder: Path, model: Model, work: Path) -> _Found:
             f"{error.filename or source} cannot be read: {error.strerror}. Remedy: every file of the weights must be "
             "there, and readable for the service user."
         ) from None
+    _say(f"reading {size(sum((work / name).stat().st_size for name in names))} for their hashes")
     hashes = {name: _sha256(work / name) for name in names}
     if record and (wrong := [name for name in names if hashes[name] != record["files"][name]["sha256"]]):
         raise Problem(

