@@ -38,6 +38,10 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
+# The line that a deploy prints when a step has ended.
+STEP = re.compile(r"^(\w+) +(?:(\d+) min )?([\d.]+) s(?:  \d+ changed)?$", re.M)
+
+
 class Timing(NamedTuple):
     """A row of the table at the end."""
 
@@ -64,13 +68,16 @@ class Outcome(NamedTuple):
         return int(found[1]) if found else None
 
     @property
+    def ended(self) -> list[tuple[str, float]]:
+        """Steps in the order in which they ended, with their seconds; a role that comes twice is there twice."""
+        return [(name, int(minutes or 0) * 60 + float(seconds)) for name, minutes, seconds in STEP.findall(self.output)]
+
+    @property
     def steps(self) -> dict[str, float]:
-        """Seconds by step, from the lines that the deploy prints when a step ends."""
+        """Seconds by step."""
         found: dict[str, float] = {}
-        for name, minutes, seconds in re.findall(
-            r"^(\w+) +(?:(\d+) min )?([\d.]+) s(?:  \d+ changed)?$", self.output, re.M
-        ):
-            found[name] = found.get(name, 0) + int(minutes or 0) * 60 + float(seconds)
+        for name, seconds in self.ended:
+            found[name] = found.get(name, 0) + seconds
         return found
 
     def tail(self, lines: int = 60) -> str:
@@ -158,6 +165,7 @@ class Person:
     def __init__(self, name: str, root: bool = False, settings: dict[str, Any] | None = None) -> None:
         self.name = name
         self.root = root
+        self.first: Outcome | None = None  # the first deploy, for the tests that come after it
         self.home = Path("/home", name)
         self.remove()
         if not root:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.e2e.harness import TIMINGS, Person, Timing, say
+from tests.e2e.harness import STEP, TIMINGS, Person, Timing, say
 
 HOUR = 3600
+PLACES = 10
+# No kill comes later than that into its step: a first deploy's builds take minutes, the same ones cached do not.
+LATEST_KILL = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def deployed() -> Iterator[tuple[Person, str]]:
     """The user after the first `make deploy`, and the answer that every later one must equal."""
     person = Person("kit-e2e")
     try:
-        person.make("deploy", 2 * HOUR, title="first deploy, empty caches")
+        person.first = person.make("deploy", 2 * HOUR, title="first deploy, empty caches")
         answer = person.answer()
         assert answer.strip(), "the answer is empty"
         assert not answer.startswith("error: "), answer
@@ -67,3 +70,48 @@ def test_stop_and_boot(deployed: tuple[Person, str]) -> None:
     TIMINGS.append(Timing(person.name, "boot hook after make stop: same answer", hook.seconds + seconds))
     outcome = person.make("deploy", 600, title="deploy after boot, nothing to do")
     assert outcome.changed == 0, f"a deploy after the boot hook changed something:\n{outcome.tail()}"
+
+
+def places(ended: list[tuple[str, float]]) -> list[tuple[int, str, float]]:
+    """Ten places spread over the steps: how many end before, the step, and the seconds to let pass in it."""
+    found = []
+    worth = [position for position, (_, seconds) in enumerate(ended) if seconds >= 0.5]
+    for index in range(PLACES):
+        position = worth[index * len(worth) // PLACES]
+        step, seconds = ended[position]
+        found.append((position, step, min(seconds / 2, LATEST_KILL)))
+    return found
+
+
+def after(steps: int, seconds: float) -> Callable[[str], float | None]:
+    """A watcher that asks for the kill so many seconds after so many steps have ended."""
+    left = steps
+
+    def watch(line: str) -> float | None:
+        nonlocal left
+        left -= bool(STEP.match(line))
+        return seconds if left <= 0 else None
+
+    return watch
+
+
+def test_deploy_killed_at_ten_places_converges(deployed: tuple[Person, str]) -> None:
+    person, answer = deployed
+    person.make('uninstall ARGS="-e kit_delete_data=yes"', 300, title="uninstall")
+    assert not person.processes(), f"uninstall left {person.processes()}"
+
+    assert person.first is not None
+    hit = 0
+    for before, step, seconds in places(person.first.ended):
+        watch = after(before, seconds)
+        outcome = person.run(f"make {person.spelled('deploy')}", HOUR, f"killed-in-{step}", watch=watch)
+        say(f"{person.name}: killed {seconds:.1f} s into {step} (status {outcome.status}, {outcome.seconds:.0f} s)")
+        assert outcome.status <= 0, f"a deploy failed before it was killed:\n{outcome.tail()}"
+        hit += outcome.status < 0
+    assert hit >= PLACES - 2, f"only {hit} of {PLACES} deploys were still running when they were to be killed"
+
+    person.make("deploy", HOUR, title="deploy with cache, after ten kills")
+    assert person.answer() == answer
+    again = person.make("deploy", 600, title="nothing to do after ten kills")
+    assert again.changed == 0, f"it changed something:\n{again.tail()}"
+    person.make("check", 600)

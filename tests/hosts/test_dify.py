@@ -43,7 +43,7 @@ def test_plugin_daemon_lists_the_provider(kit: KitHost) -> None:
     assert answer["plugins"], f"no plugin is installed ({answer['message']}). Run `make deploy`."
 
 
-@pytest.mark.deep  # the streamed one below is as good a proof, and a deploy has just asked in one piece itself
+@pytest.mark.deep  # a deploy has just asked itself
 @pytest.mark.service("api")
 def test_question_is_answered(kit: KitHost) -> None:
     answer = kit.probe("ask", url=kit.url, question=QUESTION)
@@ -55,6 +55,7 @@ def test_question_is_answered(kit: KitHost) -> None:
     )
 
 
+@pytest.mark.deep  # a deploy has just asked and read the answer as it came
 @pytest.mark.service("api")
 def test_answer_is_streamed_unbuffered(kit: KitHost) -> None:
     answer = kit.probe("stream", url=kit.url, question=QUESTION)
