@@ -1,9 +1,9 @@
-"""A catalog entry drafted from a model's config.json: what can be counted is filled in, what to decide is marked."""
+"""Catalog entries and models' own config.json: an entry drafted from one, and one held against its entry."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,20 @@ def add(path: Path, model_id: str) -> Path:
     except OSError as error:
         raise Problem(f"{entry} cannot be written: {error.strerror}. Remedy: run it in a checkout of yours.") from None
     return entry
+
+
+def differences(model: catalog.Model, config: Mapping[str, Any]) -> list[str]:
+    """Where a model's own config.json says other numbers than its entry, perhaps written without seeing it."""
+    return list(_differences("", model.config, config))
+
+
+def _differences(where: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+    for key in filter(config.__contains__, entry):
+        ours, theirs = entry[key], config[key]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from _differences(f"{key}.", ours, theirs)
+        elif ours != theirs:
+            yield f"{where}{key} is {theirs!r}, not {ours!r}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -106,6 +106,14 @@ def test_a_finished_draft_is_an_entry(tmp_path: Path) -> None:
     assert planner.plan(model, planner.card("t4")).max_model_len == 8192
 
 
+def test_a_model_that_is_not_as_its_entry_says() -> None:
+    kimi = catalog.load("kimi-vl-a3b-instruct")
+    assert draft.differences(kimi, kimi.config | {"torch_dtype": "bfloat16"}) == []
+    other = kimi.config | {"text_config": kimi.config["text_config"] | {"num_hidden_layers": 28, "more": 1}}
+    assert draft.differences(kimi, other) == ["text_config.num_hidden_layers is 28, not 27"]
+    assert draft.differences(kimi, {"architectures": ["KimiVLForConditionalGeneration"]}) == []
+
+
 def test_add_writes_a_file_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
