@@ -142,6 +142,7 @@ def replica(text: str) -> tuple[int, int]:
 def fetch(options: argparse.Namespace) -> None:
     """Fetch a model's weights and say where they are and from where they came."""
     from inference import hubs, weights  # with requests, which the interpreter that installs the engine lacks
+    from inference.catalog import draft
 
     model = catalog.load(options.model)
     output = options.output or Path("models", model.id)
@@ -159,6 +160,9 @@ def fetch(options: argparse.Namespace) -> None:
             f"{', '.join(wrong)} in {output} is not what was fetched. Remedy: see whether the disk is sound, remove "
             f"{output} and {options.cache / output.name}, and fetch again."
         )
+    # Some entries were written without seeing the model: a plan for GPUs that counts otherwise would be wrong.
+    if wrong := draft.differences(model, json.loads((output / "config.json").read_text(encoding="utf-8"))):
+        print(f"{model.id}'s config.json says otherwise than its catalog entry: {'; '.join(wrong)}. Correct the entry.")
     print(f"{output}: {record['name']} at {record['revision']}, from {record['source']} ({record['address']})")
 
 
