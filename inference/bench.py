@@ -86,16 +86,14 @@ def measure(way: Way, model: str, tokenizer: Path, load: Load) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="kit-bench-") as folder:
         command = client(way, model, tokenizer, load, Path(folder))
         try:
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=load.seconds
-            )
+            done = subprocess.run(command, env=environment, capture_output=True, timeout=load.seconds)
         except subprocess.TimeoutExpired:
             raise Problem(
                 f"{way.name} ({way.url}) did not answer {load.questions} questions in {load.seconds} s. "
                 "Remedy: fewer questions or more seconds (--questions, --seconds)."
             ) from None
         result = Path(folder, "result.json")
-        said = done.stdout.decode(errors="replace").strip().splitlines()
+        said = done.stderr.decode(errors="replace").strip().splitlines()
         if done.returncode or not result.is_file():
             raise Problem(f"{way.name} ({way.url}) could not be measured: {said[-1] if said else done.returncode}")
         found: dict[str, Any] = json.loads(result.read_text())

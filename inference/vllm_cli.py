@@ -35,10 +35,13 @@ def serve(arguments: list[str]) -> None:
 def bench_serve(arguments: list[str]) -> None:
     """``vllm bench serve``: a client that measures a server; knows Dify's service API as ``--backend dify``, too."""
     from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     import inference.dify_client  # noqa: F401
 
+    # As the engine does: the client needs the model's tokenizer, which may be a plugin's.
+    load_general_plugins()
     parser = FlexibleArgumentParser(prog="vllm bench serve")
     add_cli_args(parser)
     main(parser.parse_args(arguments))
