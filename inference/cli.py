@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model")
     one.add_argument("--url", required=True, help="the engine's own endpoint with its /v1")
     one.add_argument("--log", type=Path, required=True)
+    one.add_argument("--quick", action="store_true", help="only what log and metrics tell, no questions")
 
     commands.add_parser("explain", help="name the cause of an engine's death, from its log on standard input")
 
@@ -278,7 +279,8 @@ def run(options: argparse.Namespace) -> None:
             else:
                 engine.serve(model, settings)
         case "check":
-            print("\n".join(proof.check(catalog.load(options.model), options.url, options.log)))
+            lines = proof.check(catalog.load(options.model), options.url, options.log, numbers=not options.quick)
+            print("\n".join(lines))
         case "explain":
             if cause := causes.explain(sys.stdin.read()):
                 print("\n".join(cause))

@@ -46,8 +46,7 @@ class Proof:
 def read_log(path: Path) -> str:
     """The log from the engine's last start on, also where it was rotated since (``.1`` is the newest of the old ones).
 
-    Raises:
-        Problem: the last start is in none of them.
+    Empty where the last start is in none of them.
     """
     text = ""
     for part in [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 10))]:
@@ -56,10 +55,7 @@ def read_log(path: Path) -> str:
         text = part.read_text(encoding="utf-8", errors="replace") + text
         if causes.START in text:
             return causes.last_start(text)
-    raise Problem(
-        f"The engine's last start is in {path} no more, so nothing can be proved from it. "
-        "Remedy: `make restart SERVICE=inference`, then again."
-    )
+    return ""
 
 
 def asked_for(log: str) -> dict[str, str]:
@@ -261,32 +257,43 @@ def _finite(number: object) -> bool:
 
 
 # --- All of it --------------------------------------------------------------------------------------
-def check(model: Model, url: str, log: Path) -> list[str]:
+def check(model: Model, url: str, log: Path, numbers: bool = True) -> list[str]:
     """Prove a running engine; returns a line for each promise that it keeps.
 
     Args:
         model: its catalog entry.
         url: the engine's own endpoint with its /v1 (not a router's).
         log: its log file.
+        numbers: also ask the fixed prompts; takes as long as some hundred tokens.
 
     Raises:
         Problem: what it does not keep, with the engine's own words for it.
     """
     text = read_log(log)
-    metrics_url = url.removesuffix("/v1") + "/metrics"
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics_url, timeout=10) as response:
-            metrics = response.read().decode()
-    except OSError as error:
-        raise Problem(f"{metrics_url} does not answer: {error}. Remedy: `make status`, then `make deploy`.") from None
-    proofs = [from_log(model, text), from_metrics(text, metrics)]
-    numbers = calculates(model, lambda body: probe.post(f"{url}/chat/completions", body, timeout=120))
-    failures = [failure for proof in [*proofs, numbers] for failure in proof.failures]
-    if failures:
-        remedy = (
-            "inference_dtype: bfloat16, if the GPU has it"
-            if numbers.failures and asked_for(text).get("--dtype") == "float16"
-            else f"read {log}; what was asked for stands in its line `{causes.START.strip()}`"
+    proofs = [from_log(model, text), from_metrics(text, _metrics(url.removesuffix("/v1") + "/metrics"))] if text else []
+    if not text:  # after weeks; it was proved when it started
+        proofs.append(
+            Proof([f"the engine's last start is in {log} no more: `make restart SERVICE=inference` proves it anew"])
         )
-        raise Problem(f"{model.id} is not served as planned: {'; '.join(failures)}. Remedy: {remedy}.")
-    return [line for proof in [*proofs, numbers] for line in proof.lines]
+    failures = [failure for proof in proofs for failure in proof.failures]
+    if failures:
+        raise Problem(
+            f"{model.id} is not served as planned: {'; '.join(failures)}. Remedy: read {log}; what the engine was told "
+            f"stands in its line `{causes.START.strip()}`. inference_dtype and inference_arguments tell it otherwise."
+        )
+    if numbers:
+        proofs.append(calculates(model, lambda body: probe.post(f"{url}/chat/completions", body, timeout=120)))
+        if failures := proofs[-1].failures:
+            raise Problem(
+                f"{model.id} answers, but not in words: {'; '.join(failures)}. Remedy: inference_dtype: bfloat16, if it "
+                "is float16 now; else the weights may be damaged: `python -m inference fetch --verify` tells."
+            )
+    return [line for proof in proofs for line in proof.lines]
+
+
+def _metrics(url: str) -> str:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as response:
+            return str(response.read().decode())
+    except OSError as error:
+        raise Problem(f"{url} does not answer: {error}. Remedy: `make status`, then `make deploy`.") from None
