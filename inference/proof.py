@@ -285,8 +285,8 @@ def check(model: Model, url: str, log: Path, numbers: bool = True) -> list[str]:
         proofs.append(calculates(model, lambda body: probe.post(f"{url}/chat/completions", body, timeout=120)))
         if failures := proofs[-1].failures:
             raise Problem(
-                f"{model.id} answers, but not in words: {'; '.join(failures)}. Remedy: inference_dtype: bfloat16, if it "
-                "is float16 now; else the weights may be damaged: `python -m inference fetch --verify` tells."
+                f"{model.id} answers, but not in words: {'; '.join(failures)}. Remedy: inference_dtype: bfloat16, if "
+                "it is float16 now; else the weights may be damaged: `python -m inference fetch --verify` tells."
             )
     return [line for proof in proofs for line in proof.lines]
 
