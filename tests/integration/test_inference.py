@@ -170,7 +170,22 @@ def test_takes_tools(server: Server) -> None:
     assert json.loads(text)["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "weather"
 
 
-def test_a_running_answer_ends_before_a_stop_and_a_killed_server_comes_back(server: Server) -> None:
+def test_the_engine_does_what_it_was_told(server: Server) -> None:
+    check = [*server.argv[:3], "check", MODEL, f"--url={server.url}", f"--log={server.log}"]
+    environment = {"PATH": "/usr/bin:/bin", "VLLM_API_KEY": KEY}
+    done = subprocess.run(check, env=environment, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "data type: bfloat16\ncontext: 8192\n" in done.stdout
+    assert "numbers: in range in 4 fixed prompts" in done.stdout
+    told = server.log.read_text()
+    server.log.write_text(told.replace("--dtype=bfloat16", "--dtype=float16"))
+    done = subprocess.run(check, env=environment, cwd="/", capture_output=True, text=True)
+    server.log.write_text(told)
+    assert done.returncode == 2
+    assert "data type is bfloat16, asked for was float16" in done.stderr
+
+
+def test_a_killed_server_comes_back(server: Server) -> None:
     before = server.answer(CAPITAL)
     killed = server.process.pid
     left = engine_processes(killed)
@@ -181,6 +196,9 @@ def test_a_running_answer_ends_before_a_stop_and_a_killed_server_comes_back(serv
     assert server.answer(CAPITAL) == before
     assert engine_processes(killed) == [], "processes of the killed server still hold memory"
 
+
+# The last one: a start takes half a minute, and the fixture stops the server anyway.
+def test_a_running_answer_ends_before_a_stop(server: Server) -> None:
     body = {
         "messages": [{"role": "user", "content": "Tell a story."}],
         "min_tokens": 60,
@@ -200,4 +218,3 @@ def test_a_running_answer_ends_before_a_stop_and_a_killed_server_comes_back(serv
     assert rest.rstrip().endswith("[DONE]")
     server.process.wait(40)
     assert engine_processes(server.process.pid) == []
-    server.start()
