@@ -89,6 +89,9 @@ def from_log(model: Model, log: str) -> Proof:
         _cpu_attention(model, log, proof)
     else:
         _gpu_attention(options, log, proof)
+        gib = {"weights": "weights", "kv": "KV cache", "graphs": "CUDA graphs"}
+        parts = [f"{gib[name]} {size:.2f}" for name, size in memory(log).items() if name in gib]
+        proof.lines += [f"GiB on each GPU: {', '.join(parts)}"] if parts else []
     if proof.failures:
         proof.failures += [f"the engine says: {line.strip()}" for line in dict.fromkeys(FALLBACK.findall(log))][:5]
     return proof

@@ -74,5 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for host in known_hosts(config.stash[SITE_FILE]):
+        for engine, lines in host.proved.items():
+            terminalreporter.write_line(f"{host.name}, {engine}: {'; '.join(lines)}")
     for why, tests in config.stash[LEFT_OUT].items():
         terminalreporter.write_line(f"Left out, because {why}: {', '.join(tests)}")

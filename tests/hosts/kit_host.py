@@ -43,6 +43,8 @@ class KitHost:
         # As this host itself reaches the gateway: the public address may not be routed from here.
         self.url = f"http://127.0.0.1:{self.ports['gateway']}"
         self.local: bool = facts["connection"] == "local"
+        # What the engines do, for the summary.
+        self.proved: dict[str, list[str]] = {}
         self.host = testinfra.get_host("local://" if self.local else f"ssh://{facts['address']}")
 
     def run(self, *command: str) -> str:

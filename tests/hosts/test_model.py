@@ -28,7 +28,7 @@ def check_engines(kit: KitHost, *options: str) -> None:
     service = kit.facts["model_service"]
     bind = kit.facts["binds"]["inference"] if list(service["engines"]) == ["inference"] else "127.0.0.1"
     for name, port in service["engines"].items():
-        kit.run(
+        said = kit.run(
             f"{kit.home}/runtime/bin/kit-exec",
             *["--env-file", f"{kit.home}/etc/env/inference.env", "--"],
             *[service["python"], "-m", "inference", "check", kit.facts["model"]],
@@ -36,6 +36,7 @@ def check_engines(kit: KitHost, *options: str) -> None:
             f"--log={kit.home}/var/log/{name}.log",
             *options,
         )
+        kit.proved[name] = said.splitlines()
 
 
 def test_the_engine_does_what_it_was_told(kit: KitHost) -> None:

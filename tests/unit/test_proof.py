@@ -53,6 +53,7 @@ def test_a_gpu_engine_as_planned() -> None:
         "attention: FLASH_ATTN_MLA",
         "MLA prefill: FLASH_ATTN",
         "vision attention: FLASH_ATTN",
+        "GiB on each GPU: weights 30.62, KV cache 39.81, CUDA graphs 0.61",
     ]
 
 
