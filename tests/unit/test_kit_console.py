@@ -43,6 +43,7 @@ class FakeDify:
         self.marketplace: str | None = None
         self.served, self.images, self.tools = "smol", 0, False
         self.prompt_tokens = 20
+        self.reasoning: str | None = None
         self.registered: dict[tuple[str, str], dict[str, Any]] = {}
         self.dead_model = False
         self.default: dict[str, Any] | None = None
@@ -75,7 +76,7 @@ class FakeDify:
         if "tools" in body and not self.tools:
             return 400, {"error": {"message": "auto tool choice requires --enable-auto-tool-choice"}}
         usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": 1}
-        return 200, {"choices": [{"message": {"content": "p"}}], "usage": usage}
+        return 200, {"choices": [{"message": {"content": "p", "reasoning": self.reasoning}}], "usage": usage}
 
     def respond(self, call: str, body: Any, headers: Any) -> tuple[int, Any]:
         method, path = call.split(" ")
@@ -250,7 +251,6 @@ def deploy(dify: FakeDify, tmp_path: Path) -> Callable[..., Workspace]:
                 "max_images": 0,
                 "tool_calling": "auto",
                 "modalities": [],
-                "reasons": False,
                 "external": False,
             },
             "app": {"app": {"name": "Sample"}, "model_config": {"model": {"mode": "chat"}}},
@@ -461,7 +461,8 @@ def test_a_model_that_should_see_and_does_not(deploy: Callable[..., Workspace]) 
 def test_a_thinking_model_gets_room_for_its_thoughts(dify: FakeDify, deploy: Callable[..., Workspace]) -> None:
     deploy()
     assert dify.apps["a1"]["model_config"]["model"]["completion_params"]["max_tokens"] == 512
-    deploy(model={"reasons": True})
+    dify.reasoning = "Hm"
+    assert deploy().changes == ["sample app's model"]
     assert dify.apps["a1"]["model_config"]["model"]["completion_params"]["max_tokens"] == 4096
 
 

@@ -28,6 +28,8 @@ SQUARE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4CAAAAACN7WTCAAAAJElEQVR42u3LMQ0AAAwDoEqv9FpYdsNP+hRR"
     "FEVRFEVRFMWbAclXIFtsqkldAAAAAElFTkSuQmCC"
 )
+# By which a model begins to think, where its server doesn't keep thoughts apart; and how many tokens show it.
+THOUGHTS, FIRST_TOKENS = ("<think>", "◁think▷"), 8
 TOOL = {
     "type": "function",
     "function": {"name": "noop", "description": "Does nothing.", "parameters": {"type": "object", "properties": {}}},
@@ -39,13 +41,15 @@ class Served:
     """A model by the name to ask for it.
 
     `context` in tokens, None where the server doesn't tell; `images`: how many it takes with one question as far as
-    Dify can send them, 0 where it doesn't see; `tools`: whether it can be told to call them.
+    Dify can send them, 0 where it doesn't see; `tools`: whether it can be told to call them; `reasons`: whether it
+    begins its answers by thinking.
     """
 
     name: str
     context: int | None
     images: int = 0
     tools: bool = False
+    reasons: bool = False
 
 
 class Endpoint:
@@ -77,8 +81,20 @@ class Endpoint:
     def model(self, name: str) -> Served:
         """The model of this name with what it can do; an empty name means the only (or first) one."""
         found = choose(self.models(), name, self.url)
-        tools = self._refusal(found.name, "ping", tools=[TOOL], tool_choice="auto") is None
-        return Served(found.name, found.context, self._images(found.name), tools)
+        plain = {"content": "ping", "max_tokens": FIRST_TOKENS}
+        said, refusal = self._tried(found.name, **plain, tools=[TOOL], tool_choice="auto")
+        tools = refusal is None
+        if not tools:
+            said, refusal = self._tried(found.name, **plain)
+        if refusal:
+            raise ConsoleError(
+                f"{found.name} at {self.url} refuses even a short question: {refusal}",
+                "it must be a model for chat; `make logs SERVICE=inference` has more about the kit's own.",
+            )
+        message = (said.get("choices") or [{}])[0].get("message") or {}
+        text = str(message.get("content") or "").lstrip()
+        reasons = bool(message.get("reasoning_content") or message.get("reasoning")) or text.startswith(THOUGHTS)
+        return Served(found.name, found.context, self._images(found.name), tools, reasons)
 
     def ask(self, model: str, question: str, image: Path | None = None, tokens: int = 1) -> tuple[str, int]:
         """A real answer of at most so many tokens, and how many tokens the question was, as the engine counted."""
@@ -104,7 +120,8 @@ class Endpoint:
         """As many as are served, beginning with the most that Dify sends."""
         count = MOST_IMAGES
         while count:
-            refusal = self._refusal(model, [*[_image(SQUARE)] * count, {"type": "text", "text": "ping"}])
+            content = [*[_image(SQUARE)] * count, {"type": "text", "text": "ping"}]
+            _, refusal = self._tried(model, content, max_tokens=1)
             if refusal is None:
                 return count
             # vLLM tells its limit; other refusals may be about the context or about seeing at all.
@@ -112,15 +129,20 @@ class Endpoint:
             count = min(int(told[1]), count - 1) if told else count // 2
         return 0
 
-    def _refusal(self, model: str, content: Any, **options: Any) -> str | None:
-        """Why a one-token request is refused; None where it is served. Raises ConsoleError where neither is so."""
+    def _tried(self, model: str, content: Any, **options: Any) -> tuple[dict[str, Any], str | None]:
+        """The answer to a request, or why it is refused. Raises ConsoleError where the server does neither."""
         try:
-            self._complete(model, content, max_tokens=1, **options)
+            said: dict[str, Any] = self._complete(model, content, **options)
         except ConsoleError as error:
             if error.status in (0, 401, 403, 408, 429, 502, 503, 504):  # these say nothing about the model
                 raise self._explained(error) from None
-            return str(error.what)
-        return None
+            return {}, str(error.what)
+        except ValueError as error:
+            raise ConsoleError(
+                f"{self.url}/chat/completions gives no answer that can be read ({error}).",
+                "provider_endpoint must be an OpenAI-compatible server's address, usually ending in /v1.",
+            ) from None
+        return said, None
 
     def _complete(self, model: str, content: Any, **options: Any) -> Any:
         body = {"model": model, "messages": [{"role": "user", "content": content}], **options}

@@ -61,7 +61,6 @@ options:
       max_images: {type: int, required: true, description: "The most with one question; 0: what the server allows."}
       tool_calling: {type: str, required: true, description: "auto, support or no_support."}
       modalities: {type: list, elements: str, default: [], description: "What the server must be able to: image."}
-      reasons: {type: bool, default: false, description: "Whether it thinks before it answers: then it gets room."}
       external: {type: bool, default: false, description: "Whether somebody else runs it: through the proxies."}
   app: {type: dict, required: true, description: "A chat app's description (Dify DSL); the model is filled in."}
   state_file: {type: path, required: true, description: "Fingerprints and ids of what was set. Mode 0600."}
@@ -176,7 +175,7 @@ class Workspace:
             images = 0 if want["vision_support"] == "no_support" else images or want["max_images"] or 1
         tools = said.tools if want["tool_calling"] == "auto" else want["tool_calling"] == "support"
         context = min(filter(None, [want["context_size"], said.context]))
-        served = Served(said.name, context, images, tools)
+        served = Served(said.name, context, images, tools, said.reasons)
         self.result.update(model=served.name, context=context, images=images, tools=tools)
         return served
 
@@ -294,7 +293,7 @@ class Workspace:
         if self.check and self.changes:
             return
         dsl, name = self.want["app"], served.name
-        tokens = min(int(served.context or 0) // 2, THOUGHT_TOKENS if self.want["model"]["reasons"] else ANSWER_TOKENS)
+        tokens = min(int(served.context or 0) // 2, THOUGHT_TOKENS if served.reasons else ANSWER_TOKENS)
         chosen = {"provider": self.want["provider"], "name": name, "images": served.images, "tokens": tokens}
         kept = self.state.get("app") or {}
         app_id = kept.get("id")
@@ -467,7 +466,6 @@ def main() -> None:
                     "max_images": {"type": "int", "required": True},
                     "tool_calling": text,
                     "modalities": {"type": "list", "elements": "str", "default": []},
-                    "reasons": {"type": "bool", "default": False},
                     "external": {"type": "bool", "default": False},
                 },
             },
