@@ -93,7 +93,7 @@ def deploy(folder: Path, arguments: list[str]) -> int:
     status, run = playbook(folder, "site", arguments)
     if status:
         steps = [step["name"] for step in run.get("steps", [])]
-        untouched = bool(run) and set(steps) <= {"preflight", "site", "provider"} and not run["changed"]
+        untouched = bool(run) and set(steps) <= {"preflight", "site", "inference", "provider"} and not run["changed"]
         print("\nNothing was changed." if untouched else "\nOnce it is mended, `make deploy` goes on from here.")
         return MEND
     if "--check" in arguments:
@@ -161,7 +161,7 @@ def bench(folder: Path, arguments: list[str]) -> int:
     for name, host in site_state(folder)["hosts"].items():
         if len(site_state(folder)["hosts"]) > 1:
             print(f"--- {name}")
-        worst = max(worst, subprocess.run(as_service_user(host, bench_command(host, arguments))).returncode)
+        worst = max(worst, subprocess.run(as_service_user(host, bench_command(name, host, arguments))).returncode)
     return MEND if worst else 0
 
 
@@ -208,9 +208,17 @@ def prune_models(folder: Path, arguments: list[str]) -> int:
     return MEND if worst else 0
 
 
-def bench_command(host: dict[str, Any], arguments: list[str]) -> list[str]:
-    """``python -m inference bench`` for a host, with the keys from the files that only the service user can read."""
-    home, service = host["kit_home"], host["model_service"]
+def bench_command(name: str, host: dict[str, Any], arguments: list[str]) -> list[str]:
+    """``python -m inference bench`` for a host, with the keys from the files that only the service user can read.
+
+    Raises:
+        SystemExit: the host has no model service of its own.
+    """
+    home, service = host["kit_home"], noted(name, host, "model_service")
+    if "inference" not in host["services"]:
+        fail(
+            f"{name} asks a model server that the kit does not run.\nRemedy: vLLM's own `vllm bench serve`, from there."
+        )
     dify = host["dify_mode"] == "source"
     engines: dict[str, int] = service["engines"]
     ways = [f"engine=http://127.0.0.1:{min(engines.values())}/v1"]
@@ -230,6 +238,17 @@ def bench_command(host: dict[str, Any], arguments: list[str]) -> list[str]:
     ]
 
 
+def noted(name: str, host: dict[str, Any], what: str) -> Any:
+    """Something from a host's record.
+
+    Raises:
+        SystemExit: the last deploy was an older kit's, which did not note it.
+    """
+    if what not in host:
+        fail(f"{name} was deployed by a kit that did not note its {what.replace('_', ' ')} yet.\nRemedy: make deploy")
+    return host[what]
+
+
 def targets(site: str, state: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """What Prometheus can scrape of a site, as its file_sd_configs want it, and what has to be known about it.
 
@@ -239,9 +258,7 @@ def targets(site: str, state: dict[str, Any]) -> tuple[list[dict[str, Any]], lis
     found, notes = [], []
     for name, host in state["hosts"].items():
         near = []
-        if "metrics" not in host:
-            fail(f"{name} was deployed by a kit that did not note this yet.\nRemedy: make deploy")
-        for entry in host["metrics"]:
+        for entry in noted(name, host, "metrics"):
             bind = entry["bind"]
             open_to_others = not bind.startswith("127.")
             address = host["address"] if open_to_others and host["connection"] != "local" else "127.0.0.1"

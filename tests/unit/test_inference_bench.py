@@ -29,6 +29,7 @@ def host(**changes: Any) -> dict[str, Any]:
     return {
         "kit_home": "/h",
         "dify_mode": "source",
+        "services": ["inference"],
         "model": "m",
         "ports": {"inference": 17807, "gateway": 17800},
         "model_service": service | changes,
@@ -86,18 +87,30 @@ def test_dify_is_asked_its_own_way() -> None:
 
 
 def test_ways_of_a_single_engine() -> None:
-    options = read(kit.bench_command(host(), ["--questions=3"]))
+    options = read(kit.bench_command("one", host(), ["--questions=3"]))
     assert options.way == [["engine", "http://127.0.0.1:17807/v1"]]
     assert (options.dify, options.questions, options.engines) == ("http://127.0.0.1:17800/v1", 3, ["inference"])
 
 
 def test_ways_with_replicas_and_without_dify() -> None:
     engines = {"inference-1": 17820, "inference-2": 17821}
-    command = kit.bench_command(host(engines=engines) | {"dify_mode": "skip"}, [])
+    command = kit.bench_command("one", host(engines=engines) | {"dify_mode": "skip"}, [])
     options = read(command)
     assert dict(options.way) == {"engine": "http://127.0.0.1:17820/v1", "router": "http://127.0.0.1:17807/v1"}
     assert (options.dify, options.engines) == ("", ["inference-1", "inference-2"])
     assert not any("sample-app" in part for part in command)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"services": ["api"]}, "a model server that the kit does not run"), ({"model_service": None}, "make deploy")],
+)
+def test_nothing_to_measure(changes: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = {name: value for name, value in (host() | changes).items() if value is not None}
+    with pytest.raises(SystemExit) as ended:
+        kit.bench_command("one", changed, [])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_what_cannot_be_measured_is_a_problem() -> None:
