@@ -14,6 +14,7 @@ from inference.problem import Problem
 WARM_UP = {
     "router": ("vllm_router.router",),
     "cpu": (
+        "vllm.entrypoints.cli.serve",
         "vllm.entrypoints.openai.api_server",
         "vllm.v1.engine.core",
         "vllm.v1.worker.cpu_worker",
