@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -281,6 +280,7 @@ def fetch_files(files: Sequence[File], folder: Path, read: Reader) -> dict[str, 
     Raises:
         Unavailable: the source gives up.
         Problem: the disk is too small, or the source does not give what it names.
+        OSError: nothing can be written, or nothing more.
     """
     present = {path.name: path.stat().st_size for path in folder.iterdir()}
     need = sum(max(0, file.size - present.get(file.name, 0)) for file in files)
@@ -307,11 +307,6 @@ def fetch_files(files: Sequence[File], folder: Path, read: Reader) -> dict[str, 
             raise
     progress.close()
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Problem(
-                f"The disk became full (or its quota is used up) while {folder} was written: {error.strerror}. "
-                f"Remedy: make room, {size(need)} were needed when the fetch began; what was fetched is kept."
-            ) from None
         raise error
     progress.tell(f"fetched {progress.end()}; all hashes are right")
     return {name: job.result() for name, job in jobs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -106,6 +107,22 @@ def fetch(model: Model, output: Path, cache: Path, wish: Wish) -> dict[str, Any]
     choice = origins(model, wish)
     if record := _intact(output, choice):
         return record
+    try:
+        return _fetch(model, output, cache, wish, choice)
+    except OSError as error:
+        where = error.filename or cache
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Problem(
+                f"The disk became full, or its quota is used up, while the weights of {model.id} were written to {where}."
+                " Remedy: make room and run again; what was fetched is kept."
+            ) from None
+        raise Problem(
+            f"{where} cannot be used for the weights of {model.id}: {error.strerror or error}. Remedy: see that "
+            f"{cache} and {output.parent} can be written by this user."
+        ) from None
+
+
+def _fetch(model: Model, output: Path, cache: Path, wish: Wish, choice: dict[str, Origin]) -> dict[str, Any]:
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     cached = cache / output.name
     with _alone(cache / f".{output.name}.lock", model):

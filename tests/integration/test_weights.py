@@ -31,6 +31,7 @@ SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 BIG = SHARDS[0]
 MIB = 1 << 20
 CLOSED = "http://127.0.0.1:9"
+WAIT = 120  # seconds: on a machine where much else runs
 TOKEN = "hf_a_token_for_this_test"
 NAME = catalog.load(MODEL).repositories["huggingface"].name
 COMMIT = catalog.load(MODEL).repositories["huggingface"].revision or "main"
@@ -99,7 +100,7 @@ class Fetch:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=WAIT,
         )
 
     def start(self, *options: str) -> subprocess.Popen[str]:
@@ -182,7 +183,7 @@ def test_killed_half_way_and_gone_on_with(hub: ModelHub, fetch: Fetch, model: Pa
     """Counted at the hub: the second process asks for the rest only."""
     hub.trouble.stall = {BIG: 4 * MIB}
     process = fetch.start(*mirror(hub))
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(WAIT)
     until(lambda: (fetch.work / BIG).stat().st_size >= 3 * MIB)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -204,11 +205,11 @@ def test_killed_half_way_and_gone_on_with(hub: ModelHub, fetch: Fetch, model: Pa
 def test_an_interrupt_keeps_what_is_there(hub: ModelHub, fetch: Fetch) -> None:
     hub.trouble.stall = {BIG: 4 * MIB}
     process = fetch.start(*mirror(hub))
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(WAIT)
     until(lambda: (fetch.work / BIG).stat().st_size >= 3 * MIB)
     process.send_signal(signal.SIGINT)
     hub.go_on.set()
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 130
     assert "Interrupted." in text
     assert "Traceback" not in text
@@ -226,13 +227,13 @@ def test_a_hub_that_cannot_begin_in_the_middle(hub: ModelHub, fetch: Fetch, mode
 def test_two_at_once_fetch_once(hub: ModelHub, fetch: Fetch, model: Path) -> None:
     hub.trouble.stall = {BIG: MIB}
     first = fetch.start(*mirror(hub))
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(WAIT)
     second = fetch.start(*mirror(hub))
     assert second.stdout
     assert "another fetch of smollm2-135m is under way" in second.stdout.readline()
     hub.go_on.set()
     for process in (first, second):
-        text, _ = process.communicate(timeout=30)
+        text, _ = process.communicate(timeout=WAIT)
         assert process.returncode == 0, text
     assert hub.sent(BIG) == (model / BIG).stat().st_size
 
@@ -369,9 +370,9 @@ def test_a_disk_that_fills_up_meanwhile(hub: ModelHub, fetch: Fetch) -> None:
     fill.touch()
     until(full.exists)
     hub.go_on.set()
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 2, text
-    assert f"The disk became full (or its quota is used up) while {fetch.work} was written" in text
+    assert f"The disk became full, or its quota is used up, while the weights of {MODEL} were written to" in text
     assert "what was fetched is kept" in text
 
 
@@ -542,7 +543,7 @@ def test_a_private_certificate_authority(hub: ModelHub, fetch: Fetch, tmp_path: 
 
 
 def until(true: Any) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + WAIT
     while not true():
-        assert time.monotonic() < end, "waited 30 s in vain"
+        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)

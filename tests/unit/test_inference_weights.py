@@ -67,6 +67,12 @@ def test_nothing_remains_of_a_failure(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
+def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(Problem, match=r"cache cannot be used for the weights of smollm2-135m: .*Remedy"):
+        weights.fetch(MODEL, tmp_path / "home" / "m-1", tmp_path / "cache", Wish())
+
+
 def test_another_source_than_the_folder_came_from_is_asked(tmp_path: Path, made: list[Path]) -> None:
     weights.fetch(MODEL, tmp_path / "m-1", tmp_path / "cache", Wish())
     with pytest.raises(Problem, match="needs inference_weights_folder"):
