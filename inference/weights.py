@@ -113,8 +113,8 @@ def fetch(model: Model, output: Path, cache: Path, wish: Wish) -> dict[str, Any]
         where = error.filename or cache
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Problem(
-                f"The disk became full, or its quota is used up, while the weights of {model.id} were written to {where}."
-                " Remedy: make room and run again; what was fetched is kept."
+                f"The disk became full, or its quota is used up, while the weights of {model.id} were written to "
+                f"{where}. Remedy: make room and run again; what was fetched is kept."
             ) from None
         raise Problem(
             f"{where} cannot be used for the weights of {model.id}: {error.strerror or error}. Remedy: see that "
