@@ -139,7 +139,8 @@ def read(config: Mapping[str, Any]) -> Architecture:
         raise Problem(
             f"The model's config.json has no {error}, which the planner counts with. Remedy: add it to the entry."
         ) from None
-    size, parts = _quantisation(config.get("quantization_config") or text_config.get("quantization_config") or {})
+    how = config.get("quantization_config") or text_config.get("quantization_config") or {}
+    size, parts = _quantisation(how, text.hidden, text_config.get("moe_intermediate_size") or text.intermediate)
     return Architecture(text, vision, (*weights, *(vision.weights if vision else ())), caches, size, parts)
 
 
@@ -315,8 +316,12 @@ def _caches(config: Mapping[str, Any], kv_heads: int) -> Iterator[Cache]:
         yield Cache(sliding, kv_heads, 2 * width, window=config["sliding_window"])
 
 
-def _quantisation(config: Mapping[str, Any]) -> tuple[float, frozenset[str]]:
+def _quantisation(config: Mapping[str, Any], hidden: int, intermediate: int) -> tuple[float, frozenset[str]]:
     """Bytes a parameter and the parts that a checkpoint stores so, from its ``quantization_config``.
+
+    Args:
+        config: of the checkpoint; empty for one that isn't quantised.
+        hidden, intermediate: an expert's rows and columns, which some kernels round up.
 
     Raises:
         Problem: a method that the planner does not know.
@@ -343,9 +348,13 @@ def _quantisation(config: Mapping[str, Any]) -> tuple[float, frozenset[str]]:
         if "FP4" in str(config.get("quant_algo")):
             return 0.5 + 1 / 16, frozenset(parts)  # a scale in FP8 for 16 values
         return 1.0, frozenset(parts)
+    if method == "mxfp4":
+        # gpt-oss' experts: a scale in 8 bits for 32 values; rounded up for the kernels (Marlin).
+        padded = math.ceil(hidden / 256) * 256 / hidden * math.ceil(intermediate / 128) * 128 / intermediate
+        return (0.5 + 1 / 32) * padded, frozenset({"experts"})
     if method in ("awq", "gptq"):
         return config["bits"] / 8 + 2.5 / config["group_size"], frozenset(parts)  # scale in FP16, zero in 4 bits
     raise Problem(
         f"The planner cannot count weights quantised as {method!r}. Remedy: a checkpoint in bfloat16 or float16, fp8, "
-        "compressed-tensors, modelopt, awq or gptq."
+        "compressed-tensors, modelopt, mxfp4, awq or gptq."
     )

@@ -51,7 +51,7 @@ def read_vision(config: Mapping[str, Any], text_hidden: int) -> Vision | None:
     kind = vision.get("model_type") or config.get("model_type")
     if config.get("model_type") in ("smolvlm", "idefics3"):
         kind = "smolvlm"
-    if kind in ("qwen3_vl", "qwen3_vl_moe"):
+    if kind in ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"):
         kind = "qwen3_vl"
     try:
         reader = _TOWERS[str(kind)]

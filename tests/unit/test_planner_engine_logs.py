@@ -140,3 +140,48 @@ def test_cache_of_a_token_is_exact() -> None:
 @pytest.mark.parametrize("name", [name for name, entry in DATA["models"].items() if "published" in entry])
 def test_published_parameters(name: str) -> None:
     assert model(name).parameters / 1e9 == pytest.approx(DATA["models"][name]["published"], rel=0.01)
+
+
+def test_pipeline_parallel_cache() -> None:
+    """vllm#20665: DeepSeek-V2-Lite on 4 x L4, 14 of 27 layers a rank: 12.13 GiB for 807,792 tokens."""
+    lite = read(catalog.load("kimi-vl-a3b-instruct").config)  # the same attention
+    assert lite.token_bytes(2, 2) / 27 * 14 == pytest.approx(12.13 * GIB / 807_792, rel=0.001)
+    # vllm#15871: 32,768 tokens of it need 0.95 GiB.
+    assert lite.token_bytes(2) * 32768 / GIB == pytest.approx(0.95, abs=0.005)
+
+
+def test_a_model_that_just_did_not_fit() -> None:
+    """llm-d-benchmark: Llama 3.3 70B in FP8 on one H100: -1.44 GiB were left for the cache."""
+    settings = Settings(
+        engine="0.11.2", tensor_parallel=1, max_num_seqs=1024, max_num_batched_tokens=8192, utilisation=0.9
+    )
+    left = estimate(model("llama-3.3-70b-fp8"), CARDS["H100"], settings).cache / GIB
+    assert left == pytest.approx(-1.44, abs=0.2)
+
+
+def test_gpt_oss() -> None:
+    """gpt-oss 20B on an A100 with 80 GB, vLLM 0.19.0: 13.72 GiB of weights, 36.56 for the cache at a share of 0.65."""
+    gpt_oss = read(
+        {
+            "model_type": "gpt_oss",
+            "hidden_size": 2880,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "attention_bias": True,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "intermediate_size": 2880,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 12,
+            "vocab_size": 201088,
+            "quantization_config": {"quant_method": "mxfp4"},
+        }
+    )
+    settings = Settings(
+        engine="0.19.0", tensor_parallel=1, max_num_seqs=256, max_num_batched_tokens=2048, utilisation=0.65
+    )
+    memory = estimate(gpt_oss, CARDS["A100_80"], settings)
+    assert memory.weights / GIB == pytest.approx(13.72, rel=WEIGHTS)
+    assert memory.cache / GIB == pytest.approx(36.56, rel=0.02)
