@@ -26,7 +26,7 @@ TIMEOUT = (10, 60)  # seconds until connected, and without a byte
 # The system's certificates: they know a company's own authority, those that come with requests do not.
 CA_BUNDLES = "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"
 # What an engine reads. Code of a model's repository is never run, so it is not fetched; nor are other formats.
-WANTED = re.compile(r"[^/]+\.(safetensors|json|jinja|model|tiktoken|txt)|LICENSE[^/]*|README\.md")
+WANTED = re.compile(r"(?!kit-weights\.json)[^/]+\.(safetensors|json|jinja|model|tiktoken|txt)|LICENSE[^/]*|README\.md")
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ def _from_folder(folder: Path, model: Model, work: Path) -> _Found:
         )
     names = sorted(path.name for path in source.iterdir() if hubs.WANTED.fullmatch(path.name) and path.is_file())
     record = _read_record(source)
-    names = sorted(record["files"]) if record else [name for name in names if name != RECORD]
+    names = sorted(record["files"]) if record else names
     _clear(work)
     try:
         _link(source, work, names)

@@ -112,7 +112,7 @@ def test_wanted(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "modeling_x.py", "onnx/model.safetensors", "../x.json", ".gitattributes"]
+    "name", ["pytorch_model.bin", "modeling_x.py", "onnx/model.safetensors", "../x.json", weights.RECORD, ".git"]
 )
 def test_not_wanted(name: str) -> None:
     assert not WANTED.fullmatch(name)
