@@ -261,7 +261,7 @@ def _from_folder(folder: Path, model: Model, work: Path) -> _Found:
     """Take a model's files from a folder of this host: checked by its record where it has one, else by their form."""
     source = next((path for path in (folder, folder / model.id) if (path / "config.json").is_file()), None)
     if not source:
-        raise Problem(
+        raise Unavailable(
             f"Neither {folder} nor {folder / model.id} has a model's config.json. Remedy: inference_weights_folder is "
             "the folder with config.json and *.safetensors; in Hugging Face's cache models--.../snapshots/<commit>."
         )
