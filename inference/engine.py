@@ -102,6 +102,8 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HOME": str(settings.state / "huggingface"),
+        # Triton, FlashInfer and CUDA keep what they compile in hidden folders of the home directory.
+        "HOME": str(settings.state),
         "VLLM_CACHE_ROOT": str(settings.state / "vllm"),
         "XDG_CACHE_HOME": str(settings.state / "cache"),
         # Its sockets; in /tmp they would pile up with every restart.

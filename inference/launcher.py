@@ -31,20 +31,33 @@ class Backends:
         attention: of the text; with MLA, of the answer's tokens.
         mla_prefill: with MLA, of the question's tokens; else empty.
         vision: of the image encoder; empty where the model has none that vLLM attends with.
+        experts: not of attention, but chosen in the same way; empty for a dense model.
     """
 
     attention: str
     mla_prefill: str = ""
     vision: str = ""
+    experts: str = ""
 
     def __str__(self) -> str:
-        parts = {"attention": self.attention, "MLA prefill": self.mla_prefill, "vision attention": self.vision}
+        parts = {
+            "attention": self.attention,
+            "MLA prefill": self.mla_prefill,
+            "vision attention": self.vision,
+            "experts": self.experts,
+        }
         return ", ".join(f"{name} {kernel}" for name, kernel in parts.items() if kernel)
 
 
 def uses_mla(model: Model) -> bool:
     """Whether the model keeps compressed keys and values (multi-head latent attention)."""
     return bool(model.config.get("text_config", model.config).get("kv_lora_rank"))
+
+
+def uses_experts(model: Model) -> bool:
+    """Whether only a few of the model's feed-forward parts calculate for each token (mixture of experts)."""
+    text = model.config.get("text_config", model.config)
+    return bool(text.get("n_routed_experts") or text.get("num_experts"))
 
 
 def backends(model: Model, capability: float) -> Backends:
@@ -67,11 +80,13 @@ def backends(model: Model, capability: float) -> Backends:
         )
     flash = capability >= FLASH_ATTENTION_CAPABILITY
     vision = ("FLASH_ATTN" if flash else "TORCH_SDPA") if "vision_config" in model.config else ""
+    # FlashInfer's, which the engine likes better on some cards, would be compiled where the host has CUDA's compiler.
+    experts = "triton" if uses_experts(model) else ""
     if not uses_mla(model):
         # On 10.x the engine itself would choose FlashInfer, whose kernels it fetches from the internet.
         if flash:
-            return Backends("FLASH_ATTN", "", vision)
-        return Backends("TRITON_ATTN", "", vision)
+            return Backends("FLASH_ATTN", "", vision, experts)
+        return Backends("TRITON_ATTN", "", vision, experts)
     if not flash:
         raise Problem(
             f"{model.id} has multi-head latent attention, whose prefill vLLM has in FlashAttention only; that needs "
@@ -81,7 +96,7 @@ def backends(model: Model, capability: float) -> Backends:
     # 9.0: FlashAttention 3. 10.x: CUTLASS is in vLLM's wheel, FlashInfer's kernels would have to be fetched. Others:
     # FlashAttention's and FlashMLA's decode kernels exist for 9.0 and 10.x alone.
     decode = {9: "FLASH_ATTN_MLA", 10: "CUTLASS_MLA"}.get(major, "TRITON_MLA")
-    return Backends(decode, "FLASH_ATTN", vision)
+    return Backends(decode, "FLASH_ATTN", vision, experts)
 
 
 def settle(model: Model, gpus: Gpus, wishes: Wishes, replicas: int = 1, node: Node | None = None) -> Plan:
@@ -128,6 +143,7 @@ def arguments(plan: Plan) -> list[str]:
         f"--attention-backend={chosen.attention}",
         *([f"--attention-config.mla_prefill_backend={chosen.mla_prefill}"] if chosen.mla_prefill else []),
         *([f"--mm-encoder-attn-backend={chosen.vision}"] if chosen.vision else []),
+        *([f"--moe-backend={chosen.experts}"] if chosen.experts else []),
         *([f"--limit-mm-per-prompt={json.dumps(limits)}"] if model.images else []),
         *(model.images.size_arguments if model.images else []),
         *model.engine("cuda").arguments,

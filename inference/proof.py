@@ -110,6 +110,9 @@ def _gpu_attention(options: dict[str, str], log: str, proof: Proof) -> None:
             r"Using (?:AttentionBackendEnum\.)?(?P<name>[A-Z0-9_]+) for MMEncoderAttention", log
         )
         proof.hold("vision attention", vision, said["name"] if said else "")
+    if experts := options.get("--moe-backend"):
+        said = _last(r"Using (?P<name>[\w ]+) Unquantized MoE backend", log)
+        proof.hold("experts", experts, said["name"].lower() if said else "")
     if attention == "FLASH_ATTN":
         said = _last(r"Using FlashAttention version (?P<name>\w+)", log)
         if said and said["name"] != "None":

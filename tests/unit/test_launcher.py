@@ -64,6 +64,7 @@ def test_attention_by_card(name: str, count: int, text: dict[str, str] | None, k
         assert "--enable-prefix-caching" in told
         if model is KIMI:
             assert told["--mm-encoder-attn-backend"] == "FLASH_ATTN"
+            assert told["--moe-backend"] == "triton"
             assert told["--tensor-parallel-size"] == str(count)
 
 
@@ -120,6 +121,11 @@ def test_an_architecture_without_kernels() -> None:
 def test_vision_attention(capability: float, vision: str) -> None:
     seeing = dataclasses.replace(TEXT, config={"text_config": TEXT.config, "vision_config": {}})
     assert launcher.backends(seeing, capability).vision == vision
+
+
+def test_only_experts_get_a_backend_for_experts() -> None:
+    assert launcher.backends(TEXT, 9.0).experts == ""
+    assert launcher.backends(catalog.load("qwen3-vl-30b-a3b"), 9.0).experts == "triton"
 
 
 def test_a_model_without_vision_tower_gets_no_vision_attention() -> None:

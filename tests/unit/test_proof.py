@@ -20,7 +20,7 @@ CPU_START = (Path(__file__).with_name("engine_logs") / "cpu-start.txt").read_tex
 ARGV = (
     "python -m inference.vllm_cli serve --model=/w --dtype=float16 --tensor-parallel-size=1 --max-model-len=131072 "
     "--gpu-memory-utilization=0.93 --enable-prefix-caching --attention-backend=FLASH_ATTN_MLA "
-    "--attention-config.mla_prefill_backend=FLASH_ATTN --mm-encoder-attn-backend=FLASH_ATTN "
+    "--attention-config.mla_prefill_backend=FLASH_ATTN --mm-encoder-attn-backend=FLASH_ATTN --moe-backend=triton "
     '\'--limit-mm-per-prompt={"image": 8, "video": 0}\''
 )
 GPU_LOG = f"""\
@@ -30,6 +30,7 @@ dtype=torch.float16, max_seq_len=131072, tensor_parallel_size=1, pipeline_parall
 (EngineCore pid=7) INFO [cuda.py:512] Using AttentionBackendEnum.FLASH_ATTN_MLA backend.
 (EngineCore pid=7) INFO [selector.py:123] Using FLASH_ATTN MLA prefill backend.
 (EngineCore pid=7) INFO [cuda.py:601] Using backend AttentionBackendEnum.FLASH_ATTN for vit attention
+(EngineCore pid=7) INFO [unquantized.py:294] Using TRITON Unquantized MoE backend out of potential backends: ['TRITON'].
 (EngineCore pid=7) INFO [gpu_model_runner.py:5089] Model loading took 30.62 GiB memory and 61.2 seconds
 (EngineCore pid=7) INFO [gpu_worker.py:773] Available KV cache memory: 39.81 GiB
 (EngineCore pid=7) INFO [kv_cache_utils.py:1148] GPU KV cache size: 1,374,288 tokens, Maximum concurrency for 131,072 \
@@ -53,6 +54,7 @@ def test_a_gpu_engine_as_planned() -> None:
         "attention: FLASH_ATTN_MLA",
         "MLA prefill: FLASH_ATTN",
         "vision attention: FLASH_ATTN",
+        "experts: triton",
         "GiB on each GPU: weights 30.62, KV cache 39.81, CUDA graphs 0.61",
     ]
 
@@ -73,6 +75,7 @@ def test_a_gpu_engine_as_planned() -> None:
             "Using backend AttentionBackendEnum.TORCH_SDPA for vit",
             "vision attention is TORCH_SDPA, asked for was FLASH_ATTN",
         ),
+        ("Using TRITON Unq", "Using FlashInfer CUTLASS Unq", "experts is flashinfer cutlass, asked for was triton"),
         ("Using FLASH_ATTN MLA prefill backend.", "", "MLA prefill is not in the log"),
     ],
 )
