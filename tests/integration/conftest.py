@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ansible.module_utils
 import ansible.modules
 import jinja2
 import pytest
 
+from inference.engine import engine_processes
+
 REPO = Path(__file__).resolve().parents[2]
 PLUGINS = REPO / "deploy" / "plugins"
+KEY = "integration-test-key"
 
 # As in tests/unit: the kit's modules under the names by which Ansible runs them.
 ansible.module_utils.__path__.append(str(PLUGINS / "module_utils"))
@@ -108,9 +118,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     While a test is written, KIT_TEST_ENGINE names the folder `inference` of a deployed kit_home to use instead.
     """
     if deployed := os.environ.get("KIT_TEST_ENGINE"):
-        [interpreter] = Path(deployed).glob("venv-*/bin/python")
+        newest = max(Path(deployed).glob("venv-*/complete"), key=os.path.getmtime)
         [weights] = Path(deployed).glob("models/smollm2-135m-*")
-        yield Engine(interpreter, weights)
+        yield Engine(newest.with_name("bin") / "python", weights)
         return
     uv = str(Path(sys.executable).with_name("uv"))
     python = python312(uv)
@@ -127,6 +137,73 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         print(f"{step[3]}: {time.monotonic() - begin:.0f} s")
     yield Engine(venv / "bin" / "python", weights)
     shutil.rmtree(root)
+
+
+class ModelServer:
+    """The service as supervisor would run it: a process group of its own, started again on demand."""
+
+    def __init__(self, root: Path, python: Path, model: str, weights: Path, environment: dict[str, str]) -> None:
+        self.model = model
+        self.log = root / "log"
+        self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(root), "VLLM_API_KEY": KEY, **environment}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.argv = [str(python), "-m", "inference", "serve", model, f"--weights={weights}", f"--state={root / 's'}"]
+        self.argv += [f"--port={self.port}", "--stop-seconds=20"]
+        self.process: subprocess.Popen[bytes]
+
+    def start(self) -> float:
+        """Seconds until the model has answered."""
+        begin = time.monotonic()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.argv, stdout=log, stderr=log, env=self.environment, cwd="/", start_new_session=True
+            )
+        ready = [*self.argv[:3], "ready", self.model, f"--url={self.url}", "--wait=600"]
+        done = subprocess.run(ready, env=self.environment, cwd="/", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + self.log.read_text()[-3000:]
+        return time.monotonic() - begin
+
+    def call(self, path: str, body: dict[str, Any] | None = None, key: str = KEY) -> tuple[int, str]:
+        """Status and text of an answer."""
+        defaults = {"model": self.model, "temperature": 0, "max_tokens": 24}
+        request = urllib.request.Request(
+            self.url + path,
+            None if body is None else json.dumps(defaults | body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def answer(self, question: str) -> str:
+        """The model's text."""
+        status, text = self.call("/chat/completions", {"messages": [{"role": "user", "content": question}]})
+        assert status == 200, text
+        return str(json.loads(text)["choices"][0]["message"]["content"])
+
+
+@contextlib.contextmanager
+def model_server(python: Path, model: str, weights: Path, **environment: str) -> Iterator[ModelServer]:
+    """A model of the catalog, served; afterwards stopped, and none of the engine's processes is left."""
+    root = Path(tempfile.mkdtemp(prefix="kit-model-"))
+    running = ModelServer(root, python, model, weights, environment)
+    try:
+        print(f"{model} ready: {running.start():.0f} s")
+        yield running
+    finally:
+        running.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.process.wait(40)
+        left = engine_processes(running.process.pid) + ([running.process.pid] if running.process.poll() is None else [])
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(root)
+    assert left == [], "the engine's processes outlived a stop"
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 # ruff: noqa: RUF001  # punctuation of many languages is what is tested
 """What the Kimi-VL plugin computes beside what the published algorithm says, as JSON; run in the engine's environment.
 
-``python kimi_vl_cases.py MODEL_FOLDER`` prints ``{kind: {case: [ours, reference]}}``. No reference comes from the
-plugin: ids come from tiktoken with Moonshot's pattern string as published, and from a naive merge of pieces that are
-written down by hand; pixels from Pillow and torchvision, step by step as in the published image processor; counts of
-image tokens from vLLM.
+``python kimi_vl_cases.py MODEL_FOLDER PROMPT...`` prints ``{kind: {case: [ours, reference]}}``, and prompts' lengths.
+No reference comes from the plugin: ids come from tiktoken with Moonshot's pattern string as published, and from a naive
+merge of pieces that were cut by hand; pixels from Pillow and torchvision, step by step as in the published image
+processor; counts of image tokens from vLLM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import itertools
 import json
 import math
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,10 @@ import numpy as np
 import tiktoken
 import vllm_kimi_vl
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torchvision.transforms import functional
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vllm.model_executor.models.kimi_vl import KimiVLProcessingInfo
 from vllm_kimi_vl.images import KimiVLImageProcessor
 from vllm_kimi_vl.reasoning import KimiVLReasoningParser, Splitter
@@ -86,7 +91,7 @@ TEXTS: dict[str, tuple[str, list[str | int]]] = {
     "emoji beside words": ("a🙂b", ["a", "🙂b"]),
     "joined emoji": ("👩\u200d👩\u200d👧", ["👩\u200d👩\u200d👧"]),
     "flag and skin": ("🇨🇳👍🏽", ["🇨🇳👍🏽"]),
-    "emoji with a variation mark": ("❤\ufe0f!", ["❤", "\ufe0f", "!"]),
+    "emoji with a variation mark": ("❤\ufe0f!", ["❤\ufe0f", "!"]),
     "control characters": ("\x00\x1b[0m", ["\x00\x1b[", "0", "m"]),
     "special token": ("<|im_end|>", [163586]),
     "a turn": ("<|im_user|>user<|im_middle|>Hi<|im_end|>", [163587, "user", 163601, "Hi", 163586]),
@@ -112,8 +117,31 @@ def ranks(folder: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
+def learnt(folder: Path, model: Path) -> Path:
+    """The model's tokenizer with other ranks, learnt from the cases below without cutting the text.
+
+    So tokens reach over every place where text should have been cut, and a wrong cut gives other ids.
+    """
+    printable = {character: byte for byte, character in bytes_to_unicode().items()}
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, show_progress=False, initial_alphabet=alphabet)
+    bpe.train_from_iterator([text[:300] for text, _ in TEXTS.values()], trainer)
+    inorder = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    tokens = [bytes(map(printable.__getitem__, token)) for token, _ in inorder if token not in NAMES]
+    tokens += [b"\xff" + number.to_bytes(3, "big") for number in range(163_584 - len(tokens))]  # of no text
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder)
+    return folder
+
+
 def merge(piece: bytes, table: dict[bytes, int]) -> list[int]:
     """Byte pair encoding as it is explained to beginners: always merge the pair with the lowest rank."""
+    if piece in table:
+        return [table[piece]]
     parts = [bytes([byte]) for byte in piece]
     while True:
         pairs = [(table[a + b], index) for index, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in table]
@@ -123,12 +151,17 @@ def merge(piece: bytes, table: dict[bytes, int]) -> list[int]:
         parts[index : index + 2] = [parts[index] + parts[index + 1]]
 
 
-def token_cases(folder: Path) -> dict[str, list[Any]]:
-    tokenizer = load(folder)
-    table = ranks(folder)
+def published_encoding(table: dict[bytes, int]) -> tiktoken.Encoding:
     # Those that no case names.
     others = {f"<|reserved_token_{id_}|>": id_ for id_ in range(163584, 163840) if id_ not in NAMES.values()}
-    published = tiktoken.Encoding("published", pat_str=PATTERN, mergeable_ranks=table, special_tokens=NAMES | others)
+    return tiktoken.Encoding("published", pat_str=PATTERN, mergeable_ranks=table, special_tokens=NAMES | others)
+
+
+def token_cases(model: Path) -> dict[str, list[Any]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = learnt(Path(scratch), model)
+        tokenizer, table = load(folder), ranks(folder)
+    published = published_encoding(table)
     cases: dict[str, list[Any]] = {}
     for name, (text, pieces) in TEXTS.items():
         ours = tokenizer.encode(text, add_special_tokens=False)
@@ -182,8 +215,6 @@ def shorter(ours: Any, reference: Any) -> list[Any]:
 
 
 def load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -336,7 +367,13 @@ def reasoning_cases(folder: Path) -> dict[str, list[Any]]:
 def main() -> None:
     folder = Path(sys.argv[1])
     vllm_kimi_vl.register()
-    cases = {"tokens": token_cases(folder), "images": image_cases(), "reasoning": reasoning_cases(folder)}
+    published = published_encoding(ranks(folder))
+    cases: dict[str, Any] = {
+        "tokens": token_cases(folder),
+        "images": image_cases(),
+        "reasoning": reasoning_cases(folder),
+        "lengths": {prompt: len(published.encode(prompt, allowed_special="all")) for prompt in sys.argv[2:]},
+    }
     print(json.dumps(cases))
 
 
