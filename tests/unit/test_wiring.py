@@ -1,0 +1,43 @@
+"""What one role's variables become in another: deploy/group_vars/all.yml and the roles' vars, rendered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WIRING: dict[str, Any] = yaml.safe_load((ROOT / "deploy/group_vars/all.yml").read_text())
+INFERENCE: dict[str, Any] = yaml.safe_load((ROOT / "roles/inference/vars/main.yml").read_text())
+
+
+def render(template: str, **variables: Any) -> str:
+    """As Ansible would, for templates of plain Jinja."""
+    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(template).render(variables)
+
+
+@pytest.mark.parametrize(
+    ("bind", "host"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("10.0.0.5", "10.0.0.5"),
+        ("::", "[::1]"),
+        ("fd00::5", "[fd00::5]"),
+    ],
+)
+def test_dify_asks_the_model_where_it_listens(bind: str, host: str) -> None:
+    url = render(INFERENCE["inference_url"], inference_bind=bind, inference_port=18007)
+    assert url == f"http://{host}:18007/v1"
+    endpoint = WIRING["provider_endpoint"]
+    assert render(endpoint, inference_endpoint="kit", inference_url=url) == url
+    assert render(endpoint, inference_endpoint="external", inference_url=url) == ""
+
+
+def test_the_kits_key_is_never_shown_to_another_server() -> None:
+    key = WIRING["provider_api_key"]
+    assert render(key, inference_endpoint="kit", inference_api_key="secret") == "secret"
+    assert render(key, inference_endpoint="external", inference_api_key="secret") == ""
