@@ -65,6 +65,16 @@ class KitHost:
         parameters = json.dumps({"home": self.home, **arguments})
         return json.loads(self.run(f"{self.home}/{python}", "-c", source, question, parameters))
 
+    def why(self, service: str) -> str:
+        """Why an engine died, named from its log; empty for other services and unknown causes."""
+        engines = self.facts.get("model_service", {})
+        if service not in engines.get("engines", {}):
+            return ""
+        log, python = f"{self.home}/var/log/{service}.log", engines["python"]
+        line = f"tail -c 1000000 {shlex.quote(log)} | {shlex.quote(python)} -m inference explain"
+        cause = self.run("sh", "-c", line).splitlines()
+        return f"{service}: {cause[0]}. Remedy: {cause[1]}" if len(cause) == 2 else ""
+
     @functools.cached_property
     def supervised(self) -> dict[str, Supervised]:
         """Every program that supervisor knows on this host."""

@@ -5,7 +5,10 @@ from tests.hosts.kit_host import KitHost
 
 def test_every_service_runs(kit: KitHost) -> None:
     down = [name for name in kit.services if name not in kit.supervised or kit.supervised[name].state != "RUNNING"]
-    assert not down, f"not running: {', '.join(down)}. Read `make logs SERVICE={down[0]}`, then `make deploy`."
+    known = "; ".join(filter(None, map(kit.why, down)))
+    assert not down, (
+        f"not running: {', '.join(down)}. {known or f'Read `make logs SERVICE={down[0]}`'}, then `make deploy`."
+    )
 
 
 def test_no_service_is_unknown_to_the_deploy(kit: KitHost) -> None:
