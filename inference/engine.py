@@ -58,6 +58,8 @@ def command(model: Model, settings: Settings) -> list[str]:
         f"--host={settings.host}",
         f"--port={settings.port}",
         f"--shutdown-timeout={settings.stop_seconds}",
+        # Asked every few seconds by the router and by Prometheus: else the log would hold little else.
+        "--disable-access-log-for-endpoints=/health,/metrics",
         *(launcher.arguments(settings.plan) if settings.plan else _cpu_arguments(model, settings)),
         *(scale.arguments(settings.node) if settings.node else []),
         *settings.arguments,
