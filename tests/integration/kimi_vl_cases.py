@@ -28,7 +28,7 @@ import vllm_kimi_vl
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torchvision.transforms import functional
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vllm.model_executor.models.kimi_vl import KimiVLProcessingInfo
 from vllm_kimi_vl.images import KimiVLImageProcessor
@@ -255,7 +255,7 @@ def published_patches(image: Image.Image, limit: int) -> tuple[np.ndarray[Any, A
     return np.stack(patches), [height // 14, width // 14]
 
 
-def image_cases() -> dict[str, list[Any]]:
+def image_cases(folder: Path) -> dict[str, list[Any]]:
     cases: dict[str, list[Any]] = {}
     for limit in (4096, 16384):  # of the Instruct and of the 2506 model
         processor = KimiVLImageProcessor(pad_input=True, image_mean=MEAN, image_std=STD, in_token_limit=limit)
@@ -280,6 +280,14 @@ def image_cases() -> dict[str, list[Any]]:
                 refused(lambda size=size: processor(Image.new("RGB", size))),  # noqa: B023
                 refused(lambda size=size: published_patches(Image.new("RGB", size), limit)),  # noqa: B023
             ]
+    # As `--mm-processor-kwargs` does it: 16 x 16 patches at most, and what padding adds.
+    limited = AutoProcessor.from_pretrained(folder, in_token_limit=256)
+    features = limited(text="<|media_pad|>", images=[picture(1000, 1000)], truncation=False, return_tensors="pt")
+    _, grid = published_patches(picture(1000, 1000), 256)
+    cases["a smaller limit"] = [
+        [features["image_grid_hws"].tolist(), features["input_ids"].tolist()],
+        [[grid], [[163605] * (grid[0] * grid[1] // 4)]],
+    ]
     return cases | count_cases()
 
 
@@ -353,6 +361,10 @@ def reasoning_cases(folder: Path) -> dict[str, list[Any]]:
             ids = tokenizer.encode(text.partition("◁/think▷")[0] + "◁/think▷") + tokenizer.encode(answer)
             after = tokenizer.decode(parser.extract_content_ids(ids))
             cases[f"{name}: tokens of the answer"] = [after, text.partition("◁/think▷")[2]]
+        whole = tokenizer.encode(text)
+        thoughts = text[: text.find("◁/think▷") + 8] if "◁/think▷" in text else text
+        counted = len(tokenizer.encode(thoughts)) if reasoning or text.startswith("◁think▷") else 0
+        cases[f"{name}: tokens of the reasoning"] = [parser.count_reasoning_tokens(whole), counted]
     parser = KimiVLReasoningParser(tokenizer)
     earlier = "<|im_user|>user<|im_middle|>◁think▷a◁/think▷<|im_end|><|im_assistant|>assistant<|im_middle|>"
     for text, ended in [(earlier, False), (earlier + "◁think▷b", False), (earlier + "◁think▷b◁/think▷", True)]:
@@ -370,7 +382,7 @@ def main() -> None:
     published = published_encoding(ranks(folder))
     cases: dict[str, Any] = {
         "tokens": token_cases(folder),
-        "images": image_cases(),
+        "images": image_cases(folder),
         "reasoning": reasoning_cases(folder),
         "lengths": {prompt: len(published.encode(prompt, allowed_special="all")) for prompt in sys.argv[2:]},
     }

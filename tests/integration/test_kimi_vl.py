@@ -220,11 +220,13 @@ def test_reasoning_is_kept_apart(server: ModelServer) -> None:
     body = question(png(280, 224), QUESTION) | {"structured_outputs": {"choice": [text]}, "max_tokens": 200}
     status, whole = server.call("/chat/completions", body)
     assert status == 200, whole
-    message = json.loads(whole)["choices"][0]["message"]
+    message, usage = json.loads(whole)["choices"][0]["message"], json.loads(whole)["usage"]
     expected = ("I see <b> ◁ a circle.\n", "It is a circle.")
     assert (message["reasoning"], message["content"]) == expected
     chunks = events(server, body)
     assert (joined(chunks, "reasoning"), joined(chunks, "content")) == expected
+    assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] < usage["completion_tokens"]
+    assert chunks[-1]["usage"]["completion_tokens_details"] == usage["completion_tokens_details"]
 
 
 def test_no_remote_code_and_the_real_models_attention(server: ModelServer, weights: Path) -> None:

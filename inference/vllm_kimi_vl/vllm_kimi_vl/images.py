@@ -10,9 +10,16 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs
 
 # MoonViT has positions for so many patches in each direction.
 MAX_GRID = 512
+
+
+class KimiVLImagesKwargs(ImagesKwargs):
+    """What ``--mm-processor-kwargs`` may set: a smaller limit gives fewer tokens for a large image."""
+
+    in_token_limit: int
 
 
 class KimiVLImageProcessor(BaseImageProcessor):
@@ -31,6 +38,7 @@ class KimiVLImageProcessor(BaseImageProcessor):
         merge_kernel_size: patches that become one token, rows and columns.
     """
 
+    valid_kwargs = KimiVLImagesKwargs
     model_input_names = ["pixel_values", "image_grid_hws"]  # noqa: RUF012  # transformers' own declaration
 
     def __init__(

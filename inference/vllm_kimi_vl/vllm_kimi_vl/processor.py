@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -48,6 +48,6 @@ class KimiVLProcessor(ProcessorMixin):
         tokens = self.tokenizer(texts, return_tensors=return_tensors, **kwargs) if texts else {}
         return BatchFeature({**tokens, **features})
 
-    def _expand(self, text: str, counts: Any) -> str:
+    def _expand(self, text: str, counts: Iterator[int]) -> str:
         first, *rest = text.split(self.image_token)
         return first + "".join(self.image_token * next(counts) + part for part in rest)

@@ -5,6 +5,7 @@ The marks are no single tokens, so a stream can cut them anywhere.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from typing import Any
@@ -125,11 +126,18 @@ class KimiVLReasoningParser(ReasoningParser):
         return END in self.model_tokenizer.decode(list(input_ids[-newest:]))
 
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
-        """The tokens after the reasoning."""
-        for begin in range(len(input_ids) + 1):
-            if END in self.model_tokenizer.decode(input_ids[:begin]):
-                return input_ids[begin:]
-        return []
+        """The tokens after the reasoning; none before it has ended."""
+        return input_ids[self._until_end(input_ids) :]
+
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        """Tokens of an answer's reasoning, its marks included: what the usage tells."""
+        thinks = self.model_tokenizer.decode(list(token_ids)).lstrip().startswith(BEGIN)
+        return self._until_end(token_ids) if thinks else 0
+
+    def _until_end(self, ids: Sequence[int]) -> int:
+        """How many tokens it takes to the end of the reasoning; all of them where it has not ended."""
+        sizes = range(len(ids))
+        return bisect_left(sizes, True, key=lambda size: END in self.model_tokenizer.decode(list(ids[:size])))
 
 
 def _delta(reasoning: str, answer: str) -> DeltaMessage | None:
