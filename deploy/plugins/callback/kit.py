@@ -51,6 +51,7 @@ class CallbackModule(CallbackBase):
         self.failures: list[str] = []
         self.changed = 0
         self.task_name = ""
+        self.wants_hosts = True
         self.task_started = time.monotonic()
         self.last_line = time.monotonic()
         threading.Thread(target=self._heartbeat, daemon=True).start()
@@ -93,9 +94,12 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_play_start(self, play: Any) -> None:
         self.task_name = ""
+        self.wants_hosts = bool(play.hosts)
 
     def v2_playbook_on_no_hosts_matched(self) -> None:
-        self._say("No host matches. Remedy: the inventory needs a group `kit` with at least one host.", "red")
+        # A play of hosts that a site need not have (workers) names none where there are none.
+        if self.wants_hosts:
+            self._say("No host matches. Remedy: the inventory needs a group `kit` with at least one host.", "red")
 
     # --- results --------------------------------------------------------------------------------
     def _host(self, result: Any) -> str:
