@@ -321,6 +321,7 @@ class Workspace:
                         return
                     self._choose(settings, chosen)
                     self.console.configure_app(str(app_id), settings)
+                    current = settings["model"]
             if (current["provider"], current["name"]) != (chosen["provider"], chosen["name"]):
                 self.notices.append(f"The sample app uses {current['name']}, chosen in Dify; the kit's is {name}.")
         self._remember(app={"id": app_id, "chosen": chosen})
