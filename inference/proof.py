@@ -233,7 +233,9 @@ def calculates(model: Model, ask: Callable[[dict[str, Any]], Any]) -> Proof:
         try:
             trouble = _trouble(ask(body))
         except Problem as problem:
-            trouble = str(problem)
+            if "not JSON compliant" not in str(problem):  # what the engine says when it has no number to write
+                raise
+            trouble = "a token's probability is no number (NaN)"
         if trouble:
             proof.failures.append(f"the prompt `{name}`: {trouble}")
     if not proof.failures:

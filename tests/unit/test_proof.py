@@ -195,7 +195,15 @@ def test_an_answer_that_cannot_be_written_as_json_is_a_failure() -> None:
     def ask(body: dict[str, Any]) -> Any:
         raise Problem("said 500: Out of range float values are not JSON compliant")
 
-    assert "not JSON compliant" in proof.calculates(SMALL, ask).failures[0]
+    assert "no number" in proof.calculates(SMALL, ask).failures[0]
+
+
+def test_an_engine_that_is_gone_is_no_overflow() -> None:
+    def ask(body: dict[str, Any]) -> Any:
+        raise Problem("said 500: EngineCore encountered an issue")
+
+    with pytest.raises(Problem, match="EngineCore"):
+        proof.calculates(SMALL, ask)
 
 
 def test_words_of_a_model_without_meaning_are_in_range() -> None:
