@@ -586,9 +586,19 @@ def test_another_dify_is_noticed_and_ours_is_not(me: Account, tmp_path: Path) ->
     command = [sys.executable, "-c", "import time; time.sleep(60)", "celery_entrypoint.celery"]
     environment = {"PATH": "/nonexistent"}
     home.mkdir()
-    ours = subprocess.Popen(command, cwd=home)
+
+    def started(folder: Path) -> subprocess.Popen[bytes]:
+        # Popen returns as exec closes its pipe, a moment before /proc shows the new command line.
+        process = subprocess.Popen(command, cwd=folder)
+        deadline = time.monotonic() + 10
+        while command[-1].encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    ours = started(home)
     before = kit_preflight.foreign_dify(str(home), environment, me)
-    theirs = subprocess.Popen(command, cwd="/")
+    theirs = started(Path("/"))
     try:
         assert not any(f"(pid {ours.pid})" in line for line in before)
         found = kit_preflight.foreign_dify(str(home), environment, me)
