@@ -515,8 +515,8 @@ def test_the_pictures_tokens_are_counted(dify: FakeDify) -> None:
     model = {"name": "smol", "endpoint": f"{dify.url}/v1", "api_key": "model-key-0123456789", "external": False}
     answer = Answer("<think>Hm.</think>A circle.", "v", 1.0, 0.5, 4, 100)
     assert image_tokens("Which?", answer, model, None) == 80
-    lines = asked("Which?", answer, Path("/x/shapes.png"), 80)
-    assert lines[0] == "Asked through Dify with the picture shapes.png: Which?"
+    lines = asked("Which?", answer, Path("/x/shapes.png"), "a red circle", 80)
+    assert lines[0] == "Asked through Dify about a picture (/x/shapes.png: a red circle): Which?"
     assert lines[1] == "Answered in 1.0 s: A circle."
     assert "100 tokens for the question, 80 of them the picture" in lines[2]
     dify.prompt_tokens = 100

@@ -29,7 +29,25 @@ A100 = "580.65.06, 0, NVIDIA A100-SXM4-80GB, 81920, 500, 8.0\ndriver 0\ncompiler
 
 def test_a_host_without_gpu() -> None:
     chosen, notices = kit_engine.choice(SMALL, SETTINGS, "compiler\n")
-    assert (chosen["hardware"], chosen["lock"], notices) == ("cpu", "cpu", [])
+    assert (chosen["hardware"], chosen["lock"]) == ("cpu", "cpu")
+    assert [notice.partition(":")[0] for notice in notices] == ["smollm2-135m does not see images"]
+    assert kit_engine.choice(catalog.load("smolvlm-500m"), SETTINGS, "compiler\n")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "proposed"),
+    [
+        (A100, "kimi-vl-a3b-instruct"),
+        ("580.65.06, 0, NVIDIA A10, 23028, 500, 8.6\ndriver 0\ncompiler\n", "qwen3-vl-8b"),
+        ("580.65.06, 0, Tesla T4, 15360, 300, 7.5\ndriver 0\ncompiler\n", "qwen3-vl-4b"),
+    ],
+)
+def test_a_small_model_is_not_the_last_word_on_a_gpu(gpu: str, proposed: str) -> None:
+    _, notices = kit_engine.choice(SMALL, SETTINGS, gpu)
+    assert f"`make model MODEL={proposed}`. {proposed} on " in notices[0]
+    assert "tokens of context" in notices[0]
+    _, notices = kit_engine.choice(catalog.load(proposed), SETTINGS, gpu)
+    assert not any("make model" in notice for notice in notices)
 
 
 def test_a_host_with_gpu() -> None:
@@ -91,7 +109,7 @@ def test_no_gpu_is_used_that_the_site_does_not_want() -> None:
 def test_a_model_for_processors_leaves_the_gpu_alone() -> None:
     chosen, notices = kit_engine.choice(catalog.load("tiny-kimi-vl"), SETTINGS, A100)
     assert chosen["lock"] == "cpu"
-    assert "is not used" in notices[0]
+    assert any("is not used" in notice for notice in notices)
 
 
 def test_the_look_is_a_command_that_a_shell_understands(tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ from inference.scale import Node
 LOCKS = Path(__file__).parents[3] / "inference" / "locks"
 # Triton, in which a part of the engine's GPU code is written, builds the way into each of its kernels with it.
 COMPILERS = ("gcc", "clang")
+# Billions of parameters: what has fewer proves the path and says little of use.
+SMALL = 1.0
+# In place of a small one, the first that the host's GPUs can take.
+PROPOSED = ("kimi-vl-a3b-instruct", "qwen3-vl-8b", "qwen3-vl-4b")
 LOOK = (
     f"if command -v {hardware.QUERY[0]} >/dev/null; then {shlex.join(hardware.QUERY)}; echo driver $?; fi; "
     f"for name in {' '.join(COMPILERS)}; do command -v $name >/dev/null && echo compiler; done; true"
@@ -52,8 +56,8 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
     """
     wish = str(settings["hardware"])
     gpus, compiler = looked(output) if wish != "cpu" else (None, False)
-    notices = []
     used = hardware.choose(gpus, wish, model.engines)
+    notices = [better] if (better := proposal(model, settings, gpus)) else []
     if used is None:
         engine = model.engine("cpu")
         if gpus and wish == "auto":
@@ -64,16 +68,7 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
             f"The host has a GPU, but neither {' nor '.join(COMPILERS)}, with which Triton builds vLLM's GPU kernels "
             "when they are first used. Remedy: install gcc on the host, or set inference_hardware: cpu."
         )
-    wishes = Wishes(
-        goal=str(settings["goal"]),
-        dtype=str(settings["dtype"]),
-        max_model_len=int(settings["max_model_len"]),
-        max_num_seqs=int(settings["max_num_seqs"]),
-        images_per_prompt=None if int(settings["images_per_prompt"]) < 0 else int(settings["images_per_prompt"]),
-        gpu_memory_utilization=float(settings["gpu_memory_utilization"]),
-    )
-    node = Node(**settings["node"]) if settings.get("node") else None
-    plan = launcher.settle(model, used, wishes, int(settings["replicas"]), node)
+    plan = planned(model, settings, used)
     version = model.engine("cuda").version
     lock = f"cuda-{version}" if version else "cuda"
     if not (LOCKS / f"{lock}.txt").is_file():
@@ -84,6 +79,43 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
     notices += [*plan.notes, described(plan)]
     notices += [f"Not used beside it: {unused}." for unused in used.unused]
     return {"hardware": "cuda", "lock": lock, "dtype": plan.dtype}, notices
+
+
+def planned(model: catalog.Model, settings: Mapping[str, Any], gpus: hardware.Gpus) -> Plan:
+    """The plan for the site's wishes.
+
+    Raises:
+        Problem: it cannot be; says what would.
+    """
+    wishes = Wishes(
+        goal=str(settings["goal"]),
+        dtype=str(settings["dtype"]),
+        max_model_len=int(settings["max_model_len"]),
+        max_num_seqs=int(settings["max_num_seqs"]),
+        images_per_prompt=None if int(settings["images_per_prompt"]) < 0 else int(settings["images_per_prompt"]),
+        gpu_memory_utilization=float(settings["gpu_memory_utilization"]),
+    )
+    node = Node(**settings["node"]) if settings.get("node") else None
+    return launcher.settle(model, gpus, wishes, int(settings["replicas"]), node)
+
+
+def proposal(model: catalog.Model, settings: Mapping[str, Any], gpus: hardware.Gpus | None) -> str:
+    """How a site with a small model gets more out of its host, in one line; empty where there is nothing to say."""
+    if model.parameters >= SMALL:
+        return ""
+    for other in map(catalog.load, PROPOSED):
+        try:
+            if used := hardware.choose(gpus, "auto", other.engines):
+                plan = planned(other, settings, used)
+                return f"The host's GPUs can serve a larger model: `make model MODEL={other.id}`. {described(plan)}"
+        except Problem:
+            continue  # the next one is smaller
+    if model.images:
+        return ""
+    return (
+        f"{model.id} does not see images: `make model MODEL=smolvlm-500m` does where a model hub can be reached, "
+        "MODEL=tiny-kimi-vl everywhere, with random weights."
+    )
 
 
 def described(plan: Plan) -> str:

@@ -27,6 +27,7 @@ options:
   key_file: {type: path, required: true, description: "Env file with DIFY_APP_KEY."}
   question: {type: str, required: true, description: "The question."}
   image: {type: path, description: "A PNG to ask about, on the host."}
+  image_shows: {type: str, default: "", description: "What is on it, for whoever reads the answer."}
   model:
     type: dict
     description: "The app's model, asked directly how many tokens the question has without the picture."
@@ -68,11 +69,11 @@ def image_tokens(question: str, answer: Answer, model: dict[str, Any], ca_file: 
     return counted - without if without else 0
 
 
-def summary(question: str, answer: Answer, image: Path | None, tokens: int) -> list[str]:
+def summary(question: str, answer: Answer, image: Path | None, shows: str, tokens: int) -> list[str]:
     """Question and answer for people; a long answer is cut, and what was thought before it left out."""
     said = " ".join(THOUGHTS.sub("", answer.text).split()) or "(only thoughts, no answer)"
     text = textwrap.shorten(said, 300, placeholder=" ...") if " " in said else said[:300]
-    picture = f" with the picture {image.name}" if image else ""
+    picture = f" about a picture ({image}{': ' if shows else ''}{shows})" if image else ""
     lines = [f"Asked through Dify{picture}: {question}", f"Answered in {answer.seconds:.1f} s: {text}"]
     if tokens:
         lines.append(f"The engine counted {answer.prompt_tokens} tokens for the question, {tokens} of them the picture")
@@ -88,6 +89,7 @@ def main() -> None:
             "key_file": {"type": "path", "required": True, "no_log": False},
             "question": {"type": "str", "required": True},
             "image": {"type": "path"},
+            "image_shows": {"type": "str", "default": ""},
             "model": {
                 "type": "dict",
                 "options": {
@@ -124,7 +126,7 @@ def main() -> None:
         tokens=answer.tokens,
         prompt_tokens=answer.prompt_tokens,
         image_tokens=counted,
-        kit_summary=summary(want["question"], answer, image, counted),
+        kit_summary=summary(want["question"], answer, image, want["image_shows"], counted),
     )
 
 
