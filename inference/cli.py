@@ -205,7 +205,14 @@ def show_plan(options: argparse.Namespace) -> None:
     if not options.model:
         models = ", ".join(name for name in catalog.ids() if "cuda" in catalog.load(name).engines)
         raise Problem(f"For which model? Remedy: make plan MODEL= one of {models}.")
-    card, count = (planner.card(options.gpu), 1) if options.gpu else planner.on_host()
+    if options.gpu:
+        card, count = planner.card(options.gpu), 1
+    elif gpus := hardware.find():
+        card, count = gpus.card, len(gpus.indices)
+    else:
+        raise Problem(
+            f"This host has {hardware.NO_GPU}. Remedy: plan for another machine's card with GPU=, as GPU=a100-40g."
+        )
     wishes = Wishes(
         goal=options.goal,
         dtype=options.dtype,

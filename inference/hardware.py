@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from inference.planner.cards import Card, parse_smi
+from inference.planner.cards import Card, reported
 from inference.problem import Problem
 
 QUERY = (
@@ -39,21 +39,25 @@ def parse(text: str) -> Gpus | None:
     Raises:
         Problem: nvidia-smi says something else, as where a GPU is cut into MIG instances or its driver is very old.
     """
-    kinds: dict[str, list[tuple[int, str, str]]] = {}
+    kinds: dict[str, list[tuple[Card, int, str]]] = {}
     for line in filter(str.strip, text.splitlines()):
         try:
             driver, index, rest = line.split(",", 2)
-            name, total, _, capability = (part.strip() for part in rest.rsplit(",", 3))
-            float(total), float(capability)
-            kinds.setdefault(name, []).append((int(index), driver.strip(), rest))
+            card = reported(rest)
+            kinds.setdefault(card.title, []).append((card, int(index), driver.strip()))
         except ValueError:
             raise Problem(
                 f"nvidia-smi describes a GPU as {line.strip()!r}, of which the kit can't make sense. Remedy: a driver "
                 f"of version {LEAST_DRIVER} or newer, whole GPUs (MIG switched off), or inference_hardware: cpu."
             ) from None
     found = [
-        Gpus(parse_smi("\n".join(rest for _, _, rest in lines))[0], tuple(index for index, _, _ in lines), lines[0][1])
-        for lines in kinds.values()
+        # Of equal cards the one with the least memory to use: an engine takes the same of each.
+        Gpus(
+            min((card for card, _, _ in kind), key=lambda card: card.memory_gib),
+            tuple(i for _, i, _ in kind),
+            kind[0][2],
+        )
+        for kind in kinds.values()
     ]
     if not found:
         return None

@@ -20,6 +20,7 @@ from typing import Any
 
 from inference import causes, probe
 from inference.catalog import Model
+from inference.launcher import uses_mla
 from inference.problem import Problem
 
 # What the engine writes when it does something else than it was asked to.
@@ -123,8 +124,6 @@ def _gpu_attention(options: dict[str, str], log: str, proof: Proof) -> None:
 
 def _cpu_attention(model: Model, log: str, proof: Proof) -> None:
     """The CPU build names its attention only where it is MLA's; refused wishes it names always."""
-    from inference.launcher import uses_mla
-
     said = _last(r"Using (?P<name>\w+_MLA) backend\.", log)
     if uses_mla(model):
         if said and said["name"] in ("CPU_MLA", "AMX_MLA"):

@@ -110,11 +110,6 @@ class Model:
     built: int = 0
     known_problems: list[str] = field(default_factory=list)
 
-    @property
-    def repository(self) -> str:
-        """The model's name at Hugging Face."""
-        return self.repositories["huggingface"].name
-
     def engine(self, hardware: str) -> Engine:
         """The settings for a kind of hardware.
 

@@ -3,8 +3,8 @@
 ``plan(model, card, gpus)`` decides; the rest counts. Nothing here needs a GPU, or the engine.
 """
 
-from inference.planner.cards import Card, card, known, on_host
+from inference.planner.cards import Card, card, known
 from inference.planner.choice import plan
 from inference.planner.outcome import GOALS, Plan, Wishes
 
-__all__ = ["GOALS", "Card", "Plan", "Wishes", "card", "known", "on_host", "plan"]
+__all__ = ["GOALS", "Card", "Plan", "Wishes", "card", "known", "plan"]

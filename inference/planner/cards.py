@@ -1,9 +1,8 @@
-"""GPU cards: a file of known ones, and those of this host as nvidia-smi tells them."""
+"""GPU cards: a file of known ones, and what nvidia-smi says of one."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,65 +64,27 @@ def card(name: str) -> Card:
         ) from None
 
 
-def on_host(smi: str = "nvidia-smi") -> tuple[Card, int]:
-    """The GPUs of this host that an engine can use: the kind, and how many of it.
+def reported(line: str) -> Card:
+    """The card behind what nvidia-smi says of a GPU: ``name, memory.total, memory.reserved, compute_cap`` (in MiB).
 
     Raises:
-        Problem: no GPU, no driver, or GPUs of several kinds.
+        ValueError: the line is something else.
     """
-    fields = "name,memory.total,memory.reserved,compute_cap"
-    try:
-        done = subprocess.run(
-            [smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Problem(
-            f"No GPU can be seen on this host: {smi} cannot be run ({error}). Remedy: install the NVIDIA driver, or "
-            "plan for another machine's card with GPU=, as GPU=a100-40g."
-        ) from None
-    if done.returncode:
-        raise Problem(
-            f"No GPU can be seen on this host: {smi} says {(done.stdout + done.stderr).strip()!r}. Remedy: repair the "
-            "NVIDIA driver, or plan for another machine's card with GPU=, as GPU=a100-40g."
-        )
-    return parse_smi(done.stdout)
-
-
-def parse_smi(text: str) -> tuple[Card, int]:
-    """The kind and number of cards out of ``nvidia-smi --query-gpu=name,memory.total,memory.reserved,compute_cap``.
-
-    Raises:
-        Problem: no GPU, or several kinds.
-    """
-    found: list[Card] = []
-    for line in filter(str.strip, text.splitlines()):
-        name, total, reserved, capability = (field.strip() for field in line.rsplit(",", 3))
-        kept = float(reserved) if reserved.replace(".", "").isdigit() else 0.0  # old drivers say [N/A]
-        # Whole words: an A100 is no A10.
-        same = next(
-            (
-                card
-                for card, parts in _file().values()
-                if any(re.search(rf"{re.escape(part)}(?!\w)", f" {name.upper()}") for part in parts)
-            ),
-            None,
-        )
-        found.append(
-            Card(
-                same.id if same else name,
-                name,
-                round((float(total) - kept) / 1024, 2),
-                float(capability),
-                same.bandwidth if same else 0,
-            )
-        )
-    if not found:
-        raise Problem(
-            "This host has no GPU, says nvidia-smi. Remedy: plan for another machine's card with GPU=, as GPU=a100-40g."
-        )
-    if len({card.title for card in found}) > 1:
-        raise Problem(
-            f"This host has GPUs of several kinds: {', '.join(card.title for card in found)}. Remedy: choose "
-            "those that the engine may use with CUDA_VISIBLE_DEVICES, and plan with GPU= and GPUS=."
-        )
-    return min(found, key=lambda card: card.memory_gib), len(found)
+    name, total, reserved, capability = (part.strip() for part in line.rsplit(",", 3))
+    kept = float(reserved) if reserved.replace(".", "").isdigit() else 0.0  # old drivers say [N/A]
+    # Whole words: an A100 is no A10.
+    same = next(
+        (
+            card
+            for card, parts in _file().values()
+            if any(re.search(rf"{re.escape(part)}(?!\w)", f" {name.upper()}") for part in parts)
+        ),
+        None,
+    )
+    return Card(
+        same.id if same else name,
+        name,
+        round((float(total) - kept) / 1024, 2),
+        float(capability),
+        same.bandwidth if same else 0,
+    )

@@ -56,7 +56,7 @@ def test_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_gpu_on_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["plan", "kimi-vl-a3b-instruct"]) == 2
-    assert "No GPU can be seen on this host" in capsys.readouterr().err
+    assert "This host has no NVIDIA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
