@@ -18,7 +18,7 @@ WARM_UP = {
         "vllm.entrypoints.openai.api_server",
         "vllm.v1.engine.core",
         "vllm.v1.worker.cpu_worker",
-        "vllm.v1.executor.uniproc_executor",
+        "vllm.v1.executor.multiproc_executor",
         "vllm.model_executor.model_loader.default_loader",
         "vllm.model_executor.models.llama",
         "vllm.v1.attention.backends.cpu_attn",
