@@ -137,7 +137,8 @@ def _fetch(model: Model, output: Path, cache: Path, wish: Wish, choice: dict[str
                 _reuse(model, cache, work)
             record = _fill(model, work, wish, choice)
             work.rename(cached)
-        if output != cached:
+        # Who has waited for another fetch finds the output, too, and leaves it to who reads it already.
+        if output != cached and not _intact(output, choice):
             _share(cached, output)
     return record
 
