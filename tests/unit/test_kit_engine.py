@@ -30,7 +30,9 @@ A100 = "580.65.06, 0, NVIDIA A100-SXM4-80GB, 81920, 500, 8.0\ndriver 0\ncompiler
 def test_a_host_without_gpu() -> None:
     chosen, notices = kit_engine.choice(SMALL, SETTINGS, "compiler\n")
     assert (chosen["hardware"], chosen["lock"]) == ("cpu", "cpu")
-    assert [notice.partition(":")[0] for notice in notices] == ["smollm2-135m does not see images"]
+    assert [notice.partition(".")[0] for notice in notices] == ["smollm2-135m does not see images"]
+    [notice] = kit_engine.choice(catalog.load("tiny-kimi-vl"), SETTINGS, "compiler\n")[1]
+    assert "random weights" in notice
     assert kit_engine.choice(catalog.load("smolvlm-500m"), SETTINGS, "compiler\n")[1] == []
 
 

@@ -110,12 +110,12 @@ def proposal(model: catalog.Model, settings: Mapping[str, Any], gpus: hardware.G
                 return f"The host's GPUs can serve a larger model: `make model MODEL={other.id}`. {described(plan)}"
         except Problem:
             continue  # the next one is smaller
-    if model.images:
-        return ""
-    return (
-        f"{model.id} does not see images: `make model MODEL=smolvlm-500m` does where a model hub can be reached, "
-        "MODEL=tiny-kimi-vl everywhere, with random weights."
-    )
+    real = "`make model MODEL=smolvlm-500m`, where a model hub can be reached"
+    if model.built:
+        return f"{model.id} has random weights, so that its answers mean nothing. What sees for real: {real}."
+    if not model.images:
+        return f"{model.id} does not see images. What does: {real}; MODEL=tiny-kimi-vl everywhere, with random weights."
+    return ""
 
 
 def described(plan: Plan) -> str:
