@@ -31,6 +31,8 @@ RELEASE = "1.16.0"
 # Where caches wait for the next user and logs for a reader. Outlives a run, so that a second one is quick.
 WORK = Path(os.environ.get("KIT_E2E_DIR") or "/var/tmp/kit-e2e")
 QUESTION = "What is the capital of France?"
+PICTURE = ROOT / "roles" / "provider" / "files" / "shapes.png"
+PICTURE_QUESTION = "Which shapes are in this picture, and which colour has each?"
 
 
 def say(text: str) -> None:
@@ -215,7 +217,7 @@ class Person:
 
     def spelled(self, what: str) -> str:
         """A target with what it needs where Dify cannot be had."""
-        return f"{what} DIFY=skip" if what.split()[0] == "deploy" and not self.dify else what
+        return f"{what} DIFY=skip" if what.split()[0] in ("deploy", "model") and not self.dify else what
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -235,6 +237,29 @@ class Person:
         except OSError as error:
             return f"error: {error}"
         return str(found["answer"]) if found["status"] == 200 else f"error: {found['status']} {found['answer']}"
+
+    def picture_tokens(self) -> dict[str, int]:
+        """The prompt's tokens of PICTURE_QUESTION by every way to the model that there is.
+
+        Raises:
+            pytest.fail.Exception: it was not answered.
+        """
+        facts = self.facts
+        home, endpoint, model = facts["kit_home"], facts["endpoint"], facts["model"]
+        if facts["dify_mode"] == "skip":
+            found = {"direct": probe.counted(home, endpoint, model, PICTURE_QUESTION, PICTURE.read_bytes())}
+        else:
+            said = probe.picture(home, facts["url"], endpoint, model, PICTURE_QUESTION)
+            if said["status"] != 200:
+                pytest.fail(f"Dify said {said['status']}: {said['answer']}", pytrace=False)
+            found = {way: said[f"{way}_tokens"] for way in ("blocking", "streaming", "direct")}
+        say(f"{self.name}: {PICTURE_QUESTION!r} is answered, with tokens {found}")
+        return found
+
+    def text_tokens(self, prompt: str) -> int:
+        """The tokenizer's count of a prompt as the model gets it."""
+        facts = self.facts
+        return probe.tokens(facts["kit_home"], facts["endpoint"], facts["model"], prompt)
 
     def expect_answer(self, answer: str, within: float) -> float:
         """Waits until the question is answered like that; the seconds it took.

@@ -305,6 +305,24 @@ def model(home: str, port: int, name: str, question: str) -> dict[str, Any]:
     }
 
 
+def counted(home: str, endpoint: str, name: str, question: str, picture: bytes = b"") -> int:
+    """The engine's count of a question's tokens, asked directly, a PNG before the question; 0 without an answer."""
+    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": parts if picture else question}]
+    body = {"model": name, "max_tokens": 1, "messages": messages}
+    answer = Http("POST", f"{endpoint}/chat/completions", env(home, "inference")["VLLM_API_KEY"], body)
+    said = answer.text()
+    return int(json.loads(said)["usage"]["prompt_tokens"]) if answer.status == 200 else 0
+
+
+def tokens(home: str, endpoint: str, name: str, prompt: str) -> int:
+    """How many tokens the engine's tokenizer makes of a prompt that its chat template has written already."""
+    body = {"model": name, "prompt": prompt, "add_special_tokens": False}
+    answer = Http("POST", f"{endpoint.removesuffix('/v1')}/tokenize", env(home, "inference")["VLLM_API_KEY"], body)
+    return int(json.loads(answer.text())["count"])
+
+
 # --- Dify -------------------------------------------------------------------------------------------------------------
 
 
@@ -329,14 +347,7 @@ def picture(home: str, url: str, endpoint: str, name: str, question: str) -> dic
     Each of them comes with the engine's own count of the question's tokens.
     """
     picture = Path(home, "etc", "shapes.png").read_bytes()
-    app_key, engine_key = env(home, "sample-app")["DIFY_APP_KEY"], env(home, "inference")["VLLM_API_KEY"]
-
-    def directly(content: Any) -> int:
-        body = {"model": name, "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
-        answer = Http("POST", f"{endpoint}/chat/completions", engine_key, body)
-        said = answer.text()
-        return int(json.loads(said)["usage"]["prompt_tokens"]) if answer.status == 200 else 0
-
+    app_key = env(home, "sample-app")["DIFY_APP_KEY"]
     boundary = "kit-check-picture"
     fields = f'--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\nkit-check\r\n--{boundary}\r\n'
     head = 'Content-Disposition: form-data; name="file"; filename="shapes.png"\r\nContent-Type: image/png\r\n\r\n'
@@ -356,16 +367,14 @@ def picture(home: str, url: str, endpoint: str, name: str, question: str) -> dic
     usage: dict[str, Any] = next(
         (event["metadata"]["usage"] for event in events if event["event"] == "message_end"), {}
     )
-    sent = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": sent}}, {"type": "text", "text": question}]
     return {
         "status": streamed.status,
         "answer": json.loads(said)["answer"],
         "streamed": "".join(event.get("answer") or "" for event in events if event["event"] == "message"),
         "blocking_tokens": json.loads(said)["metadata"]["usage"]["prompt_tokens"],
         "streaming_tokens": usage.get("prompt_tokens"),
-        "direct_tokens": directly(parts),
-        "text_tokens": directly(question),
+        "direct_tokens": counted(home, endpoint, name, question, picture),
+        "text_tokens": counted(home, endpoint, name, question),
     }
 
 
