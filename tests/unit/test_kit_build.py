@@ -33,6 +33,7 @@ def spec(tmp_path: Path, **dify: str) -> Spec:
             "release": {"adjustments": []},
             "env_keys": {},
             "version": "1.16.0",
+            "parts": ["web", "api", "plugin-daemon", "agent-backend"],
             "sources": {"dify": source | dify, "plugin-daemon": daemon},
         }
     )
@@ -83,10 +84,21 @@ def test_the_daemon_does_not_depend_on_the_edits_of_dify(tmp_path: Path) -> None
 @pytest.mark.parametrize(("memory", "after"), [(24_000, []), (10_000, ["web", "api"])])
 def test_parts_are_built_side_by_side_where_memory_allows(tmp_path: Path, memory: int, after: list[str]) -> None:
     jobs = kit_build.jobs(spec(tmp_path), ["python", "kit_build.py", "spec.json"], {"A": "b"}, memory)
-    last = jobs[-1]
-    assert last["argv"] == ["python", "kit_build.py", "plugin-daemon", "spec.json"]
-    assert last["after"] == after
-    assert last["creates"].startswith(f"{tmp_path}/home/releases/1.16.0/plugin-daemon/")
+    daemon = jobs[2]
+    assert daemon["argv"] == ["python", "kit_build.py", "plugin-daemon", "spec.json"]
+    assert daemon["after"] == after
+    assert daemon["creates"].startswith(f"{tmp_path}/home/releases/1.16.0/plugin-daemon/")
+
+
+def test_only_the_sites_parts_are_built_and_small_ones_take_turns_with_large_ones(tmp_path: Path) -> None:
+    jobs = kit_build.jobs(spec(tmp_path), ["kit_build.py", "spec.json"], {}, 24_000)
+    assert {job["name"]: job["after"] for job in jobs} == {
+        "web": [],
+        "api": [],
+        "plugin-daemon": [],
+        "agent-backend": ["api"],
+    }
+    assert set(kit_build.PARTS) == set(kit_build.BUILDERS)
 
 
 # --- Sources --------------------------------------------------------------------------------------------------------
@@ -288,6 +300,7 @@ def test_a_failing_build_ends_with_its_message(tmp_path: Path, capsys: pytest.Ca
         "release": {"adjustments": []},
         "env_keys": {},
         "version": "1.16.0",
+        "parts": ["web"],
         "sources": {
             name: {"repository": (tmp_path / "none").as_uri(), "tag": "1", "commit": COMMIT}
             for name in ("dify", "plugin-daemon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ POSTGRES = {
     "vector_database": "v",
 }
 REDIS = {"host": "127.0.0.1", "port": 6, "password": "re/dis@secret"}
+AGENT = {
+    "url": "http://127.0.0.1:7",
+    "key": "agent-secret",
+    "runtime_url": "http://127.0.0.1:8",
+    "runtime_token": "runtime-secret",
+    "runtime_homes": "/agent/home",
+}
 COMMON: dict[str, Any] = {
     "home": "/h",
     "ca_bundle": "/ca.pem",
@@ -45,7 +53,8 @@ def dify(**changes: Any) -> dict[str, Any]:
         "plugin_daemon_url": "http://127.0.0.1:3",
         "plugin_daemon_key": "daemon-secret",
         "plugin_daemon_debug_port": 4,
-        "sizing": {"pool": 30, "overflow": 10},
+        "sizing": dataclasses.asdict(kit_dify.size(2, 24_000)),
+        "agent": AGENT,
         "marketplace": False,
     }
     return COMMON | own | changes
@@ -85,6 +94,13 @@ def test_api_and_daemon_agree(of_api: str, of_daemon: str) -> None:
 def test_one_timeout_reaches_browser_and_plugin() -> None:
     assert kit_dify.web_env(dify())["TEXT_GENERATION_TIMEOUT_MS"] == 900_000
     assert kit_dify.daemon_env(daemon())["DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT"] == 900_000
+
+
+@pytest.mark.parametrize("layout", ["full", "lean"])
+def test_people_edit_together_where_sockets_have_their_own_process(layout: str) -> None:
+    site = dify(sizing=dataclasses.asdict(kit_dify.size(2, 24_000, layout)))
+    assert kit_dify.api_env(site)["ENABLE_COLLABORATION_MODE"] is (layout == "full")
+    assert kit_dify.web_env(site)["NEXT_PUBLIC_ENABLE_COLLABORATION_MODE"] is (layout == "full")
 
 
 @pytest.mark.parametrize("make", [kit_dify.api_env, kit_dify.web_env])
@@ -190,14 +206,95 @@ def test_workers_follow_the_cores(cores: int, memory: int, workers: int, connect
     assert (found.workers, found.connections) == (workers, connections)
 
 
-def test_a_host_with_little_memory_gets_fewer_workers() -> None:
+def test_a_host_with_little_memory_gets_fewer_workers_and_processes() -> None:
     assert kit_dify.size(8, 6_000).workers == 3
+    assert set(kit_dify.size(8, 7_900).processes) == {"api", "worker", "beat"}
 
 
-@pytest.mark.parametrize("cores", [1, 2, 4, 8, 16, 64])
-@pytest.mark.parametrize("connections", [0, 1, 50, 200])
-def test_pools_cover_the_requests_and_the_database_covers_the_pools(cores: int, connections: int) -> None:
-    found = kit_dify.size(cores, 64_000, connections=connections)
-    assert found.pool + found.overflow >= 2.5 * found.connections
-    assert found.max_connections >= (found.workers + 1) * (found.pool + found.overflow) + kit_dify.DAEMON_POOL
-    assert kit_dify.size(2, 24_000).max_connections == 200  # what was measured
+def test_a_host_of_12_gib_runs_everything() -> None:
+    found = kit_dify.size(2, 11_900)
+    assert found.processes == {"api": 2, "websocket": 1, "worker": 1, "workflow-worker": 1, "beat": 1}
+    assert kit_dify.size(2, 11_900, "lean").processes == {"api": 2, "worker": 1, "beat": 1}
+
+
+def test_large_hosts_run_several_workflow_workers_and_forget_them_again() -> None:
+    large, small = kit_dify.size(32, 256_000), kit_dify.size(2, 4_000)
+    assert large.workflow_workers == [
+        "workflow-worker",
+        "workflow-worker-2",
+        "workflow-worker-3",
+        "workflow-worker-4",
+    ]
+    assert {*large.workflow_workers, "websocket"} <= set(small.unwanted)
+    for found in (large, small):
+        assert not set(found.unwanted) & set(found.processes)
+
+
+@pytest.mark.parametrize("layout", ["full", "lean"])
+@pytest.mark.parametrize("cores", [1, 2, 4, 8, 16, 64, 256])
+@pytest.mark.parametrize("chosen", [(0, 0, 0), (1, 1, 1), (64, 0, 0), (0, 200, 0), (0, 0, 100)])
+def test_the_database_has_room_for_all_pools_at_once(layout: str, cores: int, chosen: tuple[int, int, int]) -> None:
+    found = kit_dify.size(cores, 64_000, layout, *chosen)
+    assert set(found.pools) == set(found.processes)
+    most = {name: sum(pool.values()) for name, pool in found.pools.items()}
+    # What one thing at a time takes, as it was measured.
+    assert most["api"] >= 2.5 * found.connections
+    assert most["worker"] >= 2.5 * found.tasks
+    assert all(most[name] >= 2.5 * found.workflow_tasks for name in found.workflow_workers)
+    everything = sum(number * most[name] for name, number in found.processes.items())
+    everything += found.vector_connections + kit_dify.DAEMON_POOL
+    # Backups, migrations, people, and three that PostgreSQL keeps for its superuser.
+    assert everything + 20 < found.max_connections
+
+
+def test_the_environments_have_the_pools_that_were_counted() -> None:
+    site = dify(sizing=dataclasses.asdict(kit_dify.size(2, 24_000)))
+    api = kit_dify.api_env(site)
+    # The file is for commands; a service overrides it.
+    assert (api["SQLALCHEMY_POOL_SIZE"], api["SQLALCHEMY_MAX_OVERFLOW"]) == (1, 10)
+    assert kit_dify.daemon_env(daemon())["DB_MAX_OPEN_CONNS"] == kit_dify.DAEMON_POOL
+
+
+@pytest.mark.parametrize("release", ["1.14.2", "1.16.0"])
+@pytest.mark.parametrize("layout", ["full", "lean"])
+def test_every_queue_of_a_release_has_one_kind_of_worker(release: str, layout: str) -> None:
+    queues = yaml.safe_load((DEPLOY / f"releases/{release}.yml").read_text())["celery"]["queues"]
+    split = kit_dify.split_queues(queues, layout)
+    assert sorted([*split["worker"], *split["workflow-worker"]]) == queues
+    assert set(split["workflow-worker"]) == (kit_dify.WORKFLOW_QUEUES if layout == "full" else set())
+
+
+# --- Agents ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_agent_backend_has_its_own_secrets_and_those_that_it_shows() -> None:
+    text = str(kit_dify.agent_env(dify()))
+    for secret in ("agent-secret", "runtime-secret", "daemon-secret", "inner-secret"):
+        assert secret in text
+    for secret in ("secret-key", "pg-secret"):
+        assert secret not in text
+
+
+def test_the_agent_backend_and_dify_agree() -> None:
+    site = dify()
+    agent, api, plugins = kit_dify.agent_env(site), kit_dify.api_env(site), kit_dify.daemon_env(daemon())
+    assert agent["DIFY_AGENT_PLUGIN_DAEMON_API_KEY"] == plugins["SERVER_KEY"]
+    assert agent["DIFY_AGENT_INNER_API_KEY"] == api["INNER_API_KEY_FOR_PLUGIN"]
+    assert agent["DIFY_AGENT_STUB_API_BASE_URL"] == api["AGENT_BACKEND_BASE_URL"] + "/agent-stub"
+    assert agent["DIFY_AGENT_OUTBOUND_HTTP_READ_TIMEOUT"] == api["AGENT_BACKEND_STREAM_READ_TIMEOUT_SECONDS"] == 900
+
+
+def test_without_a_runtime_agents_are_offered_no_shell() -> None:
+    site = dify(agent=AGENT | {"runtime_url": ""})
+    assert kit_dify.api_env(site)["AGENT_SHELL_ENABLED"] is False
+    assert not [key for key in kit_dify.agent_env(site) if "SHELL" in key]
+    assert kit_dify.api_env(dify())["AGENT_SHELL_ENABLED"] is True
+
+
+def test_without_agents_nobody_is_asked() -> None:
+    site = dify(agent=AGENT | {"url": "", "runtime_url": ""})
+    assert kit_dify.api_env(site)["AGENT_BACKEND_BASE_URL"] == kit_dify.NOWHERE
+
+
+def test_every_setting_of_the_agent_backend_is_one_that_it_reads() -> None:
+    assert set(kit_dify.agent_env(dify())) - set(ENV_KEYS["agent"]) == {"PYTHONDONTWRITEBYTECODE"}

@@ -630,8 +630,26 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
         "services_mb": 100,
         "parts": [],
         "sources": [],
+        "agent_runtime": False,
     }
     return {**given, **changes}
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_agents_commands_lack_comes_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, me: Account, allowed: bool
+) -> None:
+    answer = subprocess.CompletedProcess([], 0 if allowed else 1)
+    monkeypatch.setattr(Account, "run", lambda *_: answer)
+    lacks = kit_preflight.agent_runtime_lacks(me, {"PATH": str(tmp_path)})
+    assert "tmux is not installed" in lacks
+    assert "`apt-get install tmux`" in lacks
+    assert ("namespaces" in lacks) is not allowed
+    tmux = tmp_path / "tmux"
+    tmux.touch(mode=0o755)
+    lacks = kit_preflight.agent_runtime_lacks(me, {"PATH": str(tmp_path)})
+    assert "tmux" not in lacks
+    assert (lacks == "") is allowed
 
 
 def test_a_sound_host_has_no_problem(tmp_path: Path) -> None:

@@ -27,9 +27,17 @@ def environment(make: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable
     return kit_env
 
 
-def sizing(cores: int, memory_mb: int, workers: int = 0, connections: int = 0, tasks: int = 0) -> dict[str, int]:
+def sizing(
+    cores: int, memory_mb: int, layout: str = "auto", workers: int = 0, connections: int = 0, tasks: int = 0
+) -> dict[str, Any]:
     """``cores | kit_dify_sizing(memory_mb)``: see ``kit_dify.size``."""
-    return dataclasses.asdict(kit_dify.size(int(cores), int(memory_mb), int(workers), int(connections), int(tasks)))
+    found = kit_dify.size(int(cores), int(memory_mb), layout, int(workers), int(connections), int(tasks))
+    return dataclasses.asdict(found)
+
+
+def named(name: str, service: Mapping[str, Any]) -> dict[str, Any]:
+    """``names | map('kit_named', service)``: a service under several names, ``{name}`` in its command."""
+    return {**service, "name": name, "command": [word.replace("{name}", name) for word in service["command"]]}
 
 
 def build_jobs(
@@ -46,7 +54,10 @@ class FilterModule:
         return {
             "kit_api_env": environment(kit_dify.api_env),
             "kit_web_env": environment(kit_dify.web_env),
+            "kit_agent_env": environment(kit_dify.agent_env),
             "kit_daemon_env": environment(kit_dify.daemon_env),
             "kit_dify_sizing": sizing,
+            "kit_split_queues": kit_dify.split_queues,
+            "kit_named": named,
             "kit_build_jobs": build_jobs,
         }

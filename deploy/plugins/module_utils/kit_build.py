@@ -42,11 +42,23 @@ PARTS = {
     "web": (DIFY, "web bundle"),
     "api": (DIFY, "API with its packages"),
     "plugin-daemon": (DAEMON, "plugin daemon"),
+    "agent-backend": (DIFY, "agent backend"),
+    "agent-runtime": (DIFY, "agent runtime"),
 }
+# What a small part waits for, so that no more memory is needed than for the large ones side by side.
+AFTER = {"agent-backend": ["api"], "agent-runtime": ["plugin-daemon"]}
 # Node's own limit; what the bundler takes outside of it comes on top.
 WEB_HEAP_MB = 4096
 # Observed peaks: 1.16.0's web build on two cores, and the daemon's and the API's together.
 WEB_PEAK_MB, OTHERS_PEAK_MB = 8400, 2600
+# The agent runtime's programs by the names under which they look for each other, as in upstream's image.
+RUNTIME_PROGRAMS = {
+    "shellctl": "./cmd/shellctl",
+    "shellctl-sanitize-pty": "./cmd/sanitize-pty",
+    "shellctl-runner-exit": "./cmd/runner-exit",
+    "shellctl-runner": "./cmd/runner",
+    "dify-agent": "./cmd/dify-agent-cli",
+}
 # What a running API doesn't read.
 API_WITHOUT = ("tests", ".idea", ".vscode", ".venv", "__pycache__", "Dockerfile*", "conftest.py", "cnt_base.sh")
 
@@ -90,6 +102,7 @@ class Spec:
     Attributes:
         python: the interpreter that the API's venv will use on this host.
         adjust: which of the release's adjustments are wanted, see ``kit_release.choose_adjustments``.
+        parts: those of PARTS that the site has.
         release, env_keys: the release's data files, which the sources must agree with.
     """
 
@@ -100,6 +113,7 @@ class Spec:
     release: dict[str, Any]
     env_keys: dict[str, list[str]]
     version: str
+    parts: list[str]
     sources: dict[str, Source]
 
     @classmethod
@@ -114,6 +128,7 @@ class Spec:
             raw["release"],
             raw["env_keys"],
             str(raw["version"]),
+            raw["parts"],
             sources,
         )
 
@@ -152,13 +167,13 @@ def jobs(spec: Spec, program: list[str], environment: dict[str, str], memory_mb:
     return [
         {
             "name": part,
-            "title": title,
+            "title": PARTS[part][1],
             "argv": [*program[:-1], part, program[-1]],
             "environment": environment,
             "creates": str(spec.marker(part)),
-            "after": list(PARTS)[:index] if cramped else [],
+            "after": spec.parts[:index] if cramped else AFTER.get(part, []),
         }
-        for index, (part, (_, title)) in enumerate(PARTS.items())
+        for index, part in enumerate(spec.parts)
     ]
 
 
@@ -427,14 +442,37 @@ def build_api(spec: Spec, tree: Path, work: Path, out: Path) -> None:
     if (tree / "dify-agent").exists():
         copy(tree / "dify-agent", work / "dify-agent")  # the API's lockfile names it by its path
     api = work / "api"
-    # Resolved: an interpreter that was copied finds its library beside itself, not beside a link to it.
-    run(["uv", "venv", "--relocatable", "--python", os.path.realpath(spec.python), ".venv"], api)
-    run(
-        ["uv", "sync", "--frozen", "--no-dev", "--no-editable", "--compile-bytecode", "--python", ".venv/bin/python"],
-        api,
-    )
+    make_venv(spec, api)
     run([".venv/bin/python", "-m", "compileall", "-q", "-j", "0", "-x", r"/\.venv/", "."], api)
     api.rename(out)
+
+
+def make_venv(spec: Spec, project: Path, *options: str) -> None:
+    """Install a project's locked packages into its ``.venv``: relocatable, with byte code."""
+    # Resolved: an interpreter that was copied finds its library beside itself, not beside a link to it.
+    run(["uv", "venv", "--relocatable", "--python", os.path.realpath(spec.python), ".venv"], project)
+    sync = ["uv", "sync", "--frozen", "--no-dev", "--no-editable", "--compile-bytecode"]
+    run([*sync, *options, "--python", ".venv/bin/python"], project)
+
+
+def build_agent_backend(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """The agent backend: a venv that holds the program as a package (dify-agent/Dockerfile)."""
+    project = work / "dify-agent"
+    copy(tree / "dify-agent", project, API_WITHOUT)
+    make_venv(spec, project, "--extra", "server")
+    out.mkdir()
+    (project / ".venv").rename(out / ".venv")
+
+
+def build_agent_runtime(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """What runs agents' shell commands, and the command line for them (dify-agent-runtime/docker/Dockerfile)."""
+    del spec
+    source = work / "dify-agent-runtime"
+    # Its tests look at the image's files; nothing is built from them.
+    copy(tree / "dify-agent-runtime", source, ("tests", "docker"))
+    out.mkdir()
+    for name, command in RUNTIME_PROGRAMS.items():
+        run(["go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(out / name), command], source, CGO_ENABLED="0")
 
 
 def build_daemon(spec: Spec, tree: Path, work: Path, out: Path) -> None:
@@ -467,6 +505,8 @@ BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
     "web": build_web,
     "api": build_api,
     "plugin-daemon": build_daemon,
+    "agent-backend": build_agent_backend,
+    "agent-runtime": build_agent_runtime,
 }
 
 
@@ -518,7 +558,7 @@ def install(spec: Spec, part: str) -> None:
             shutil.rmtree(rest, ignore_errors=True)
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(build(spec, part), new, symlinks=True, copy_function=link_or_copy)
-        if part == "api":
+        if (new / ".venv").exists():
             use_interpreter(new / ".venv", Path(os.path.realpath(spec.python)))
         if target.exists():
             target.rename(old)

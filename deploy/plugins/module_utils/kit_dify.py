@@ -34,49 +34,102 @@ class Sizing:
     """Processes and connections of one host.
 
     Attributes:
+        layout: ``full``, or ``lean``: the API answers sockets and one worker does everything.
         workers: API processes; each is busy with one request's Python at a time.
         connections: TCP connections of one of them. Also what guards its pool: far above it, the API collapses.
         tasks: background tasks that the worker runs at a time.
-        pool, overflow: database connections that a process keeps, and more that it may open.
+        workflow_workers: names of the services that run workflows; none where the worker does.
+        workflow_tasks: workflows that one of them runs at a time.
+        unwanted: names of the services that another size of host has.
+        pools: service -> environment of each of its processes: database connections that it keeps, and opens beyond.
+        processes: service -> number of its processes that have such a pool.
+        vector_connections: what the vector store's database may have; Dify opens a pool there for every search.
         max_connections: what PostgreSQL must allow for all of that.
     """
 
+    layout: str
     workers: int
     connections: int
     tasks: int
-    pool: int
-    overflow: int
+    workflow_workers: list[str]
+    workflow_tasks: int
+    unwanted: list[str]
+    pools: dict[str, dict[str, int]]
+    processes: dict[str, int]
+    vector_connections: int
     max_connections: int
 
 
 # Of the host's memory, what API processes may take together, and what one takes (observed: 400 to 450).
 API_MEMORY_SHARE, API_PROCESS_MB = 4, 450
-# pgvector's own pool in each process, the daemon's, and what beat, backups and people need.
-VECTOR_POOL, DAEMON_POOL, SPARE = 5, 30, 35
+# From this memory on, the processes of the full layout (1 GB more than the lean one's) fit beside a model on CPUs.
+FULL_MEMORY_MB = 10_000
+# What a burst may open beyond a pool and closes again.
+OVERFLOW = 10
+# The plugin daemon's pool, and what backups, migrations, people and PostgreSQL's superuser need.
+DAEMON_POOL, SPARE = 30, 35
+# Browsers that edit workflows together hold a connection each, and do little with it (upstream's number).
+SOCKETS = 1000
+# Where whole workflows run; each may wait for a model for minutes.
+WORKFLOW_QUEUES = frozenset({"workflow", "workflow_based_app_execution"})
+RUNNERS = ["workflow-worker", *(f"workflow-worker-{number}" for number in range(2, 9))]
 
 
-def size(cores: int, memory_mb: int, workers: int = 0, connections: int = 0, tasks: int = 0) -> Sizing:
+def size(
+    cores: int, memory_mb: int, layout: str = "auto", workers: int = 0, connections: int = 0, tasks: int = 0
+) -> Sizing:
     """Sizes for a host; ``workers``, ``connections`` and ``tasks`` are the site's choice, 0 computes them.
 
     Measured on two cores: workers = cores, 10 connections each, 12 chats a second; a third worker costs throughput.
     Extrapolated above: other processes take their share of many cores.
     """
+    if layout == "auto":
+        layout = "full" if memory_mb >= FULL_MEMORY_MB else "lean"
     by_cores = cores if cores <= 4 else min(16, 4 + (cores - 4) // 2)
     by_memory = memory_mb // API_MEMORY_SHARE // API_PROCESS_MB
     workers = workers or max(1, min(by_cores, by_memory))
     connections = connections or (10 if cores <= 4 else 20)
-    overflow = 10
-    # 2.5 connections to the database a request at the worst.
-    pool = max(30, -(-connections * 5 // 2) - overflow)
-    processes = workers + 1  # and the background worker
+    # A streamed workflow runs in a worker while the API passes its words on: as many there as the API can carry.
+    wanted = RUNNERS[: max(1, workers // 4)] if layout == "full" else []
+    workflow_tasks = 2 * connections if wanted else 0
+    tasks = tasks or max(4, cores) + (0 if wanted else connections)
+
+    services = {"api": (workers, _pool(connections)), "worker": (1, _pool(tasks)), "beat": (1, _pool(0, 1))}
+    services |= {name: (1, _pool(workflow_tasks)) for name in wanted}
+    if layout == "full":
+        services["websocket"] = (1, _pool(0, 5))
+    pools = sum(number * (pool["SQLALCHEMY_POOL_SIZE"] + OVERFLOW) for number, pool in services.values())
+    # A search holds one connection; more than one a request comes only from several knowledge bases at once.
+    vector = workers * connections + tasks + len(wanted) * workflow_tasks
     return Sizing(
+        layout=layout,
         workers=workers,
         connections=connections,
-        tasks=tasks or max(4, cores),
-        pool=pool,
-        overflow=overflow,
-        max_connections=processes * (pool + overflow + VECTOR_POOL) + DAEMON_POOL + SPARE,
+        tasks=tasks,
+        workflow_workers=wanted,
+        workflow_tasks=workflow_tasks,
+        unwanted=[name for name in ["websocket", *RUNNERS] if name not in services],
+        pools={name: pool for name, (_, pool) in services.items()},
+        processes={name: number for name, (number, _) in services.items()},
+        vector_connections=vector,
+        max_connections=pools + vector + DAEMON_POOL + SPARE,
     )
+
+
+def _pool(at_a_time: int, least: int = 30) -> dict[str, int]:
+    """The pool of a process that works on so many things at a time; 2.5 connections each at the worst."""
+    kept = -(-at_a_time * 5 // 2) - OVERFLOW
+    return {"SQLALCHEMY_POOL_SIZE": max(least, kept), "SQLALCHEMY_MAX_OVERFLOW": OVERFLOW}
+
+
+def split_queues(queues: Iterable[str], layout: str) -> dict[str, list[str]]:
+    """Which of a release's queues the two kinds of workers consume: ``{"worker": [...], "workflow-worker": [...]}``."""
+    queues = list(queues)
+    apart = WORKFLOW_QUEUES if layout == "full" else frozenset[str]()
+    return {
+        "worker": [queue for queue in queues if queue not in apart],
+        "workflow-worker": [queue for queue in queues if queue in apart],
+    }
 
 
 # --- A site's own settings ------------------------------------------------------------------------------------------
@@ -110,8 +163,23 @@ _WIRED = {
         "SERVER_WORKER_AMOUNT": "dify_source_api_workers",
         "SERVER_WORKER_CONNECTIONS": "dify_source_api_connections",
         "CELERY_WORKER_AMOUNT": "dify_source_worker_tasks",
+        "AGENT_BACKEND_BASE_URL": "dify_source_agent",
+        "AGENT_SHELL_ENABLED": "dify_source_agent_runtime",
         "SQLALCHEMY_POOL_SIZE": "dify_source_api_connections",
         "SQLALCHEMY_MAX_OVERFLOW": "dify_source_api_connections",
+    },
+    "agent": {
+        "DIFY_AGENT_REDIS_URL": "dify_source_redis",
+        "DIFY_AGENT_PLUGIN_DAEMON_URL": "dify_source_plugin_daemon_url",
+        "DIFY_AGENT_PLUGIN_DAEMON_API_KEY": "dify_source_plugin_daemon_key",
+        "DIFY_AGENT_INNER_API_URL": "dify_source_api_port",
+        "DIFY_AGENT_INNER_API_KEY": "dify_source_inner_api_key",
+        "DIFY_AGENT_SERVER_SECRET_KEY": "dify_source_agent_key",
+        "DIFY_AGENT_SHELLCTL_ENTRYPOINT": "dify_source_agent_runtime",
+        "DIFY_AGENT_SHELLCTL_AUTH_TOKEN": "dify_source_agent_runtime_token",
+        "DIFY_AGENT_SHELL_HOME_ROOT": "dify_source_agent_runtime",
+        "DIFY_AGENT_STUB_API_BASE_URL": "dify_source_agent_backend_port",
+        "DIFY_AGENT_OUTBOUND_HTTP_READ_TIMEOUT": "dify_source_request_timeout",
     },
     "plugin_daemon": {
         "SERVER_HOST": "plugin_daemon_port",
@@ -158,12 +226,16 @@ def own_settings(
     return problems
 
 
+# Whose settings `dify_source_env` may hold; older releases have no agents.
+COMPONENTS = ("agent", "api", "web")
+
+
 def _own(variable: str, site: Mapping[str, Any], components: Iterable[str], wanted: str) -> Env:
     values: Mapping[str, Any] = site["env"] or {}
     problems = own_settings(variable, values, site["env_keys"], components)
     if problems:
         raise SettingsProblem("\n".join(problems))
-    return {key: value for key, value in values.items() if key in site["env_keys"][wanted]}
+    return {key: value for key, value in values.items() if key in site["env_keys"].get(wanted, [])}
 
 
 # --- Environments ---------------------------------------------------------------------------------------------------
@@ -182,11 +254,15 @@ def _network(site: Mapping[str, Any]) -> Env:
     return env
 
 
-def api_env(site: Mapping[str, Any]) -> Env:
-    """Environment of api, worker, beat and ``flask``: they are one program. See ``dify_source_site`` in the role."""
-    url, postgres, redis = site["public_url"], site["postgres"], site["redis"]
-    sizing, timeout = site["sizing"], site["request_timeout"]
+def _redis_url(redis: Mapping[str, Any], database: int) -> str:
     password = quote(str(redis["password"]), safe="")
+    return f"redis://:{password}@{redis['host']}:{redis['port']}/{database}"
+
+
+def api_env(site: Mapping[str, Any]) -> Env:
+    """Environment of the API, its workers, beat and ``flask``: they are one program. See ``dify_source_site``."""
+    url, postgres, redis = site["public_url"], site["postgres"], site["redis"]
+    sizing, timeout, agent = site["sizing"], site["request_timeout"], site["agent"]
     env: Env = {
         "EDITION": "SELF_HOSTED",
         "DEPLOY_ENV": "PRODUCTION",
@@ -212,8 +288,8 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "DB_USERNAME": postgres["user"],
         "DB_PASSWORD": postgres["password"],
         "DB_DATABASE": postgres["database"],
-        "SQLALCHEMY_POOL_SIZE": sizing["pool"],
-        "SQLALCHEMY_MAX_OVERFLOW": sizing["overflow"],
+        # For commands; each service has its own.
+        **sizing["pools"]["beat"],
         # A restarted database costs a ping, not a failed request.
         "SQLALCHEMY_POOL_PRE_PING": True,
         "REDIS_HOST": redis["host"],
@@ -221,7 +297,7 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "REDIS_PASSWORD": redis["password"],
         "REDIS_DB": 0,
         "CELERY_BACKEND": "redis",
-        "CELERY_BROKER_URL": f"redis://:{password}@{redis['host']}:{redis['port']}/1",
+        "CELERY_BROKER_URL": _redis_url(redis, 1),
         "STORAGE_TYPE": "opendal",
         "OPENDAL_SCHEME": "fs",
         "OPENDAL_FS_ROOT": f"{site['home']}/var/storage",
@@ -232,7 +308,9 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "PGVECTOR_USER": postgres["user"],
         "PGVECTOR_PASSWORD": postgres["password"],
         "PGVECTOR_DATABASE": postgres["vector_database"],
-        "PGVECTOR_MAX_CONNECTION": VECTOR_POOL,
+        # A pool lives for one search, which uses one; PostgreSQL holds all of them together below a limit.
+        "PGVECTOR_MIN_CONNECTION": 1,
+        "PGVECTOR_MAX_CONNECTION": 5,
         "PLUGIN_DAEMON_URL": site["plugin_daemon_url"],
         "PLUGIN_DAEMON_KEY": site["plugin_daemon_key"],
         "PLUGIN_DAEMON_TIMEOUT": timeout,
@@ -249,9 +327,15 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "SCARF_NO_ANALYTICS": True,
         "SWAGGER_UI_ENABLED": False,
         "CODE_EXECUTION_ENDPOINT": NOWHERE,
-        "AGENT_BACKEND_BASE_URL": NOWHERE,
+        "AGENT_BACKEND_BASE_URL": agent["url"] or NOWHERE,
+        "AGENT_SHELL_ENABLED": bool(agent["runtime_url"]),
+        # The backend is silent while its model thinks.
+        "AGENT_BACKEND_STREAM_READ_TIMEOUT_SECONDS": timeout,
+        "AGENT_BACKEND_RUN_TIMEOUT_SECONDS": max(1200, timeout),
+        # Each open page holds a connection; the API has too few to spare.
+        "ENABLE_COLLABORATION_MODE": sizing["layout"] == "full",
     }
-    return _network(site) | env | _own("dify_source_env", site, ("api", "web"), "api")
+    return _network(site) | env | _own("dify_source_env", site, COMPONENTS, "api")
 
 
 def web_env(site: Mapping[str, Any]) -> Env:
@@ -269,13 +353,41 @@ def web_env(site: Mapping[str, Any]) -> Env:
         "APP_API_URL": url,
         # Pages are also made on the server, which needs an address even when browsers don't; else `/` is a 500.
         "SERVER_CONSOLE_API_URL": site["api_url"],
+        # Upstream's default is a server on the reader's own machine; this is where the page came from.
+        "NEXT_PUBLIC_SOCKET_URL": "/",
+        "NEXT_PUBLIC_ENABLE_COLLABORATION_MODE": site["sizing"]["layout"] == "full",
         "MARKETPLACE_ENABLED": site["marketplace"],
         "MARKETPLACE_API_URL": "https://marketplace.dify.ai",
         "MARKETPLACE_URL": "https://marketplace.dify.ai",
         "TEXT_GENERATION_TIMEOUT_MS": milliseconds,
         "WORKFLOW_GENERATION_TIMEOUT_MS": max(180_000, milliseconds),
     }
-    return env | _own("dify_source_env", site, ("api", "web"), "web")
+    return env | _own("dify_source_env", site, COMPONENTS, "web")
+
+
+def agent_env(site: Mapping[str, Any]) -> Env:
+    """Environment of the agent backend: of Dify's secrets only those that it shows to others, and its own."""
+    agent, env = site["agent"], dict[str, Any]()
+    if agent["runtime_url"]:
+        env = {
+            "DIFY_AGENT_SHELLCTL_ENTRYPOINT": agent["runtime_url"],
+            "DIFY_AGENT_SHELLCTL_AUTH_TOKEN": agent["runtime_token"],
+            # As the runtime sees its own folder.
+            "DIFY_AGENT_SHELL_HOME_ROOT": agent["runtime_homes"],
+        }
+    env |= {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "DIFY_AGENT_REDIS_URL": _redis_url(site["redis"], 2),
+        "DIFY_AGENT_PLUGIN_DAEMON_URL": site["plugin_daemon_url"],
+        "DIFY_AGENT_PLUGIN_DAEMON_API_KEY": site["plugin_daemon_key"],
+        "DIFY_AGENT_INNER_API_URL": site["api_url"],
+        "DIFY_AGENT_INNER_API_KEY": site["inner_api_key"],
+        # What agents' commands call back to, and what protects the tokens that they do it with.
+        "DIFY_AGENT_STUB_API_BASE_URL": f"{agent['url']}/agent-stub",
+        "DIFY_AGENT_SERVER_SECRET_KEY": agent["key"],
+        "DIFY_AGENT_OUTBOUND_HTTP_READ_TIMEOUT": site["request_timeout"],
+    }
+    return env | _own("dify_source_env", site, COMPONENTS, "agent")
 
 
 def daemon_env(site: Mapping[str, Any]) -> Env:

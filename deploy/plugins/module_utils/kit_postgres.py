@@ -244,6 +244,19 @@ class Catalog:
             )
         return True
 
+    def ensure_limit(self, connection: psycopg.Connection[Any], database: str, limit: int) -> None:
+        """Let ordinary users have so many connections to a database at a time; -1: as many as the server has."""
+        from psycopg import sql
+
+        row = connection.execute("SELECT datconnlimit FROM pg_database WHERE datname = %s", [database]).fetchone()
+        if row is not None and row[0] != limit:
+            statement = sql.SQL("ALTER DATABASE {} CONNECTION LIMIT {}")
+            self.run(
+                connection,
+                f"connection limit of {database}",
+                statement.format(sql.Identifier(database), sql.Literal(limit)),
+            )
+
     def ensure_extensions(self, connection: psycopg.Connection[Any], database: str, extensions: Sequence[str]) -> None:
         """Have extensions in the version that the server brings."""
         from psycopg import sql

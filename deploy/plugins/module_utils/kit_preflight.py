@@ -794,6 +794,27 @@ def foreign_dify(home: str, environment: Mapping[str, str], account: Account) ->
 # --- All of it ------------------------------------------------------------------------------------------------------
 
 
+def agent_runtime_lacks(account: Account, environment: Mapping[str, str]) -> str:
+    """What the host lacks for agents' commands, with its remedy; empty where they can run behind their jail."""
+    remedies = {}
+    if not shutil.which("tmux", path=environment.get("PATH", os.defpath)):
+        remedies["tmux is not installed"] = "`apt-get install tmux` (or `dnf install tmux`)"
+    try:
+        jail = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc", "true"]
+        allowed = account.run(jail, {"PATH": "/usr/bin:/bin"}).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        allowed = False
+    if not allowed:
+        remedies["users may not make namespaces"] = (
+            "`sysctl kernel.apparmor_restrict_unprivileged_userns=0` on Ubuntu 24.04, "
+            "`sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000` elsewhere, and the same lines in "
+            "/etc/sysctl.d/; a container must allow them, too"
+        )
+    if not remedies:
+        return ""
+    return f"{' and '.join(remedies)}. Remedy, by an administrator: {'; '.join(remedies.values())}; then `make deploy`."
+
+
 def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, dict[str, Any]]:
     """Run every check; return what was found and what later steps want to know of the host."""
     findings = Findings()
@@ -833,6 +854,10 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
         check_commands(findings, parts, environment.get("PATH", os.defpath))
         check_certificates(findings, environment)
 
+        known = {
+            "agent_runtime_lacks": agent_runtime_lacks(account, environment) if parameters["agent_runtime"] else ""
+        }
+
     check_clock(findings, network.result(), time.time())
     if python:
         python.result()  # an error of its own is not lost
@@ -840,6 +865,7 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     findings.notices += others.result()
 
     data = Path(home, "var", "postgres")
+    has_data = False
     with contextlib.suppress(OSError):
-        return findings, {"has_data": data.is_dir() and any(data.iterdir())}
-    return findings, {"has_data": False}
+        has_data = data.is_dir() and any(data.iterdir())
+    return findings, {**known, "has_data": has_data}

@@ -23,6 +23,8 @@ SECRETS = {
     "kit_secret_dify_secret_key": "signs Dify's sessions and protects what it stores; never change it",
     "kit_secret_plugin_daemon_key": "what the API shows to the plugin daemon",
     "kit_secret_inner_api_key": "what the plugin daemon shows to the API",
+    "kit_secret_agent_key": "protects the tokens of agents' commands",
+    "kit_secret_agent_runtime_token": "what the agent backend shows to the agent runtime",
 }
 #: Stored data cannot be used with another value of these.
 BOUND_TO_DATA = ADMIN_PASSWORD, "kit_secret_postgres_admin", "kit_secret_postgres", "kit_secret_dify_secret_key"
@@ -40,6 +42,10 @@ ON_HOST = {
         "PLUGIN_DAEMON_KEY": "kit_secret_plugin_daemon_key",
         "REDIS_PASSWORD": "kit_secret_redis",
         "SECRET_KEY": "kit_secret_dify_secret_key",
+    },
+    "agent-backend.env": {
+        "DIFY_AGENT_SERVER_SECRET_KEY": "kit_secret_agent_key",
+        "DIFY_AGENT_SHELLCTL_AUTH_TOKEN": "kit_secret_agent_runtime_token",
     },
     "inference.env": {"VLLM_API_KEY": "kit_secret_inference_api_key"},
     "postgres-admin.env": {"PGPASSWORD": "kit_secret_postgres_admin"},

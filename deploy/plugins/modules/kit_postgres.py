@@ -24,6 +24,7 @@ options:
   password: {type: str, required: true, description: Its password.}
   databases: {type: list, elements: str, required: true, description: Databases of that role.}
   extensions: {type: dict, description: "Database -> list of extensions."}
+  connection_limits: {type: dict, description: "Database -> connections that it may have; others share what is left."}
 """
 
 
@@ -53,6 +54,7 @@ def main() -> None:
             "password": {"type": "str", "required": True, "no_log": True},
             "databases": {"type": "list", "elements": "str", "required": True},
             "extensions": {"type": "dict", "default": {}},
+            "connection_limits": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
@@ -71,6 +73,8 @@ def main() -> None:
                 for database in params["databases"]
                 if catalog.ensure_database(connection, database, params["role"])
             ]
+            for database in there:
+                catalog.ensure_limit(connection, database, int(params["connection_limits"].get(database, -1)))
         for database in there:
             extensions = params["extensions"].get(database, [])
             if extensions:

@@ -29,6 +29,10 @@ options:
   services_mb: {type: int, required: true, description: Memory of all services together, in MiB.}
   parts: {type: list, elements: dict, required: true, description: What is built or downloaded; see Part.}
   sources: {type: list, elements: dict, required: true, description: Where parts come from; see Source.}
+  agent_runtime:
+    type: bool
+    default: false
+    description: Look for what the agent runtime needs; what is missing is returned as C(agent_runtime_lacks).
 """
 
 
@@ -49,6 +53,7 @@ def main() -> None:
             "services_mb": {"type": "int", "required": True},
             "parts": {"type": "list", "elements": "dict", "required": True},
             "sources": {"type": "list", "elements": "dict", "required": True},
+            "agent_runtime": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
