@@ -639,7 +639,7 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
 def test_what_agents_commands_lack_comes_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, me: Account, allowed: bool
 ) -> None:
-    answer = subprocess.CompletedProcess([], 0 if allowed else 1)
+    answer: subprocess.CompletedProcess[str] = subprocess.CompletedProcess([], 0 if allowed else 1)
     monkeypatch.setattr(Account, "run", lambda *_: answer)
     lacks = kit_preflight.agent_runtime_lacks(me, {"PATH": str(tmp_path)})
     assert "tmux is not installed" in lacks
@@ -655,7 +655,7 @@ def test_what_agents_commands_lack_comes_with_its_remedy(
 def test_a_sound_host_has_no_problem(tmp_path: Path) -> None:
     found, known = kit_preflight.examine(parameters(tmp_path), ME.pw_name)
     assert found.problems == []
-    assert known == {"has_data": False}
+    assert known == {"has_data": False, "agent_runtime_lacks": ""}
 
 
 def test_everything_that_is_wrong_comes_at_once(tmp_path: Path, listener: socket.socket) -> None:
@@ -680,6 +680,6 @@ def test_everything_that_is_wrong_comes_at_once(tmp_path: Path, listener: socket
 def test_data_of_an_earlier_run_is_seen(tmp_path: Path) -> None:
     (tmp_path / "dify-kit/var/postgres").mkdir(parents=True)
     given = {**parameters(tmp_path), "home": str(tmp_path / "dify-kit")}
-    assert kit_preflight.examine(given, ME.pw_name)[1] == {"has_data": False}
+    assert kit_preflight.examine(given, ME.pw_name)[1]["has_data"] is False
     (tmp_path / "dify-kit/var/postgres/PG_VERSION").write_text("16\n")
-    assert kit_preflight.examine(given, ME.pw_name)[1] == {"has_data": True}
+    assert kit_preflight.examine(given, ME.pw_name)[1]["has_data"] is True

@@ -807,8 +807,8 @@ def agent_runtime_lacks(account: Account, environment: Mapping[str, str]) -> str
     if not allowed:
         remedies["users may not make namespaces"] = (
             "`sysctl kernel.apparmor_restrict_unprivileged_userns=0` on Ubuntu 24.04, "
-            "`sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000` elsewhere, and the same lines in "
-            "/etc/sysctl.d/; a container must allow them, too"
+            "`sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000` elsewhere, and the same lines "
+            "in /etc/sysctl.d/; a container must allow them, too"
         )
     if not remedies:
         return ""
@@ -854,9 +854,7 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
         check_commands(findings, parts, environment.get("PATH", os.defpath))
         check_certificates(findings, environment)
 
-        known = {
-            "agent_runtime_lacks": agent_runtime_lacks(account, environment) if parameters["agent_runtime"] else ""
-        }
+        lacks = agent_runtime_lacks(account, environment) if parameters["agent_runtime"] else ""
 
     check_clock(findings, network.result(), time.time())
     if python:
@@ -868,4 +866,4 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     has_data = False
     with contextlib.suppress(OSError):
         has_data = data.is_dir() and any(data.iterdir())
-    return findings, {**known, "has_data": has_data}
+    return findings, {"has_data": has_data, "agent_runtime_lacks": lacks}
