@@ -142,6 +142,33 @@ def modes(home: str) -> dict[str, str]:
     return {str(p): oct(p.stat().st_mode & 0o777) for p in private if p.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)}
 
 
+def shown(home: str, services: dict[str, int]) -> dict[str, Any]:
+    """The secrets in the environments of each service's processes, by its main process.
+
+    A secret is named by its first name in the environment files; `names` has that for all of its names.
+    """
+    first: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
+    for place, value in secrets(home, None).items():
+        name = place.partition(": ")[2]
+        names.setdefault(name, []).append(first.setdefault(value, place))
+    found = {}
+    for service, main in services.items():
+        # A password is also a part of an address.
+        told = "\n".join(value for pid in descendants(main) for value in environment(pid).values())
+        found[service] = sorted(place for value, place in first.items() if value in told)
+    return {"found": found, "names": names}
+
+
+def environment(pid: int) -> dict[str, str]:
+    """A process's environment, as it was started; empty when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
 # --- PostgreSQL and Redis ---------------------------------------------------------------------------------------------
 
 
@@ -166,6 +193,39 @@ def postgres(home: str, port: int, databases: list[str]) -> dict[str, Any]:
     except psycopg.OperationalError as error:
         refused = "password authentication failed" in str(error)
     return {"databases": answers, "refuses_wrong_password": refused}
+
+
+def connections(home: str, port: int, services: dict[str, int]) -> dict[str, Any]:
+    """What the running processes may open in PostgreSQL, what it allows, and what they have open, by database.
+
+    The processes are asked by their environment, so what was restarted with older settings counts as it is.
+    """
+    import psycopg
+
+    allowed = {"dify": 0, "dify_plugin": 0}
+    for main in services.values():
+        family = descendants(main)
+        for pid in family:
+            told = environment(pid)
+            # The parent of a service's workers opens nothing itself.
+            if len(descendants(pid)) == 1 and "SQLALCHEMY_POOL_SIZE" in told:
+                allowed["dify"] += int(told["SQLALCHEMY_POOL_SIZE"]) + int(told["SQLALCHEMY_MAX_OVERFLOW"])
+        allowed["dify_plugin"] += int(environment(main).get("DB_MAX_OPEN_CONNS", 0))
+    password = env(home, "postgres")["PGPASSWORD"]
+    login: dict[str, Any] = {"host": "127.0.0.1", "port": port, "user": "dify", "password": password}
+    with psycopg.connect(dbname="dify", **login) as connection:
+        limit = connection.execute("SELECT datconnlimit FROM pg_database WHERE datname = 'dify_vector'").fetchone()
+        settings = connection.execute(
+            "SELECT current_setting('max_connections')::int, current_setting('superuser_reserved_connections')::int"
+        ).fetchone()
+        opened = connection.execute(
+            "SELECT datname, count(*) FROM pg_stat_activity"
+            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() GROUP BY datname"
+        ).fetchall()
+    assert limit is not None
+    assert settings is not None
+    allowed["dify_vector"] = limit[0]
+    return {"allowed": allowed, "max": settings[0], "reserved": settings[1], "open": dict(opened)}
 
 
 def schema(home: str, port: int) -> dict[str, Any]:
@@ -280,6 +340,56 @@ def page(home: str, url: str) -> dict[str, Any]:
         "script": script[1] if script else None,
         "script_status": Http("GET", root + script[1]).status if script else None,
     }
+
+
+def websocket(home: str, port: int, behind: int) -> dict[str, Any]:
+    """A socket opened at the gateway: what was answered, and how many more connections `behind` had meanwhile."""
+    before = established(behind)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as opened:
+        words = [
+            "GET /socket.io/?EIO=4&transport=websocket HTTP/1.1",
+            f"Host: 127.0.0.1:{port}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}",
+            "Sec-WebSocket-Version: 13",
+        ]
+        opened.sendall("\r\n".join([*words, "", ""]).encode())
+        answer = b""
+        # The server speaks first: it names the session.
+        while b"}" not in answer and (piece := opened.recv(4096)):
+            answer += piece
+        during = established(behind)
+    status, _, rest = answer.partition(b"\r\n")
+    return {"status": status.decode(), "session": b'"sid"' in rest, "behind": during - before}
+
+
+def established(port: int) -> int:
+    """How many connections a local port has accepted."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return sum(field[1].endswith(f":{port:04X}") and field[3] == "01" for field in fields)
+
+
+def agent_backend(home: str, port: int) -> dict[str, Any]:
+    """The agent backend's own description: its status, title and paths."""
+    answer = Http("GET", f"http://127.0.0.1:{port}/openapi.json")
+    said = json.loads(answer.text()) if answer.status == 200 else {}
+    return {"status": answer.status, "title": said.get("info", {}).get("title"), "paths": sorted(said.get("paths", {}))}
+
+
+def agent_command(home: str, port: int, script: str) -> dict[str, Any]:
+    """A shell command run by the agent runtime in an agent's home, and what a caller without its token gets."""
+    token = env(home, "agent-runtime")["SHELLCTL_AUTH_TOKEN"]
+    root = f"http://127.0.0.1:{port}/v1/jobs"
+    body = {"script": script, "timeout": 20}
+    stranger = Http("POST", f"{root}/run", body=body).status
+    answer = Http("POST", f"{root}/run", token, body)
+    text = answer.text()
+    said = json.loads(text) if answer.status == 200 else {}
+    if job := said.get("job_id"):
+        Http("DELETE", f"{root}/{job}?force=true", token).text()
+    return {"stranger": stranger, "status": answer.status, "output": said.get("output", text[:500])}
 
 
 def model(home: str, port: int, name: str, question: str) -> dict[str, Any]:

@@ -24,6 +24,22 @@ def test_postgres_refuses_a_wrong_password(kit: KitHost) -> None:
     )
 
 
+@pytest.mark.deep
+@pytest.mark.service("api")
+@pytest.mark.service("postgres")
+def test_postgres_has_room_for_every_pool(kit: KitHost) -> None:
+    services = {name: program.pid for name, program in kit.supervised.items() if program.pid}
+    found = kit.probe("connections", port=kit.ports["postgres"], services=services)
+    allowed, total = found["allowed"], sum(found["allowed"].values())
+    assert min(allowed.values()) > 0, f"a database has no limit: {allowed}. Run `make deploy`."
+    assert total + found["reserved"] < found["max"], (
+        f"the processes may open {allowed}, PostgreSQL allows {found['max']}, {found['reserved']} of them for its "
+        "superuser: 'too many clients' under load. Run `make deploy`; lower postgres_settings' max_connections no more."
+    )
+    beyond = {name: count for name, count in found["open"].items() if count > allowed.get(name, total)}
+    assert not beyond, f"open {beyond}, though the pools allow {allowed}: somebody connects past them"
+
+
 @pytest.mark.service("redis")
 def test_redis_answers_and_refuses_strangers(kit: KitHost) -> None:
     answer = kit.probe("redis", port=kit.ports["redis"])

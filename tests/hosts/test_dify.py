@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from module_utils.kit_dify import WORKFLOW_QUEUES
 
 from tests.hosts.kit_host import KitHost
 
@@ -32,6 +33,21 @@ def test_every_queue_is_consumed(kit: KitHost) -> None:
     release = yaml.safe_load((RELEASES / f"{kit.facts['release']}.yml").read_text())
     missing = set(release["celery"]["queues"]) - {name for names in consumed.values() for name in names}
     assert not missing, f"nobody consumes {sorted(missing)}; workers consume {consumed}. Run `make deploy`."
+    # Workflows wait for models: where they have workers of their own, nothing else may wait behind them.
+    for worker, names in consumed.items():
+        workflows = {name for name in names if name in WORKFLOW_QUEUES}
+        if "workflow-worker" in kit.services:
+            apart = set(names) if worker.startswith("workflow-worker") else set()
+            assert workflows == apart, f"{worker} consumes {names}. Run `make deploy`."
+
+
+@pytest.mark.service("api")
+def test_sockets_are_answered_through_the_gateway(kit: KitHost) -> None:
+    process = "websocket" if "websocket" in kit.services else "api"
+    answer = kit.probe("websocket", port=kit.ports["gateway"], behind=kit.ports[process])
+    assert "101" in answer["status"], f"the gateway said {answer['status']}. Read `make logs SERVICE={process}`."
+    assert answer["session"], f"no session was named. Read `make logs SERVICE={process}`."
+    assert answer["behind"] >= 1, f"the socket was not answered by {process}. Run `make deploy`."
 
 
 @pytest.mark.service("plugin-daemon")

@@ -139,7 +139,7 @@ def render(variables: dict[str, Any]) -> str:
 
 @pytest.fixture
 def dify() -> Iterator[dict[str, Upstream]]:
-    upstreams = {name: Upstream(name) for name in ("api", "web", "plugin_daemon")}
+    upstreams = {name: Upstream(name) for name in ("api", "websocket", "web", "plugin_daemon")}
     yield upstreams
     for upstream in upstreams.values():
         upstream.server.shutdown()
@@ -156,10 +156,8 @@ def gateway(home: Home, dify: dict[str, Upstream]) -> Iterator[Gateway]:
     ("path", "who"),
     [
         *((path, "api") for path in ("/console/api/setup", "/api/site", "/v1/chat-messages", "/files/x/preview")),
-        *(
-            (path, "api")
-            for path in ("/mcp/server/x", "/triggers/plugin/x", "/openapi/v1/x", "/socket.io/?EIO=4", "/v1")
-        ),
+        *((path, "api") for path in ("/mcp/server/x", "/triggers/plugin/x", "/openapi/v1/x", "/v1")),
+        ("/socket.io/?EIO=4", "websocket"),
         *(
             (path, "web")
             for path in ("/", "/signin", "/apps", "/explore/apps", "/_next/static/x.js", "/apiary", "/env")
