@@ -5,6 +5,7 @@ import pytest
 from tests.hosts.kit_host import KitHost
 
 
+@pytest.mark.deep  # a deploy has just waited for this answer
 @pytest.mark.service("agent-backend")
 def test_the_agent_backend_answers(kit: KitHost) -> None:
     answer = kit.probe("agent_backend", port=kit.ports["agent-backend"])

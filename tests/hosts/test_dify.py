@@ -41,6 +41,7 @@ def test_every_queue_is_consumed(kit: KitHost) -> None:
             assert workflows == apart, f"{worker} consumes {names}. Run `make deploy`."
 
 
+@pytest.mark.deep
 @pytest.mark.service("api")
 def test_sockets_are_answered_through_the_gateway(kit: KitHost) -> None:
     process = "websocket" if "websocket" in kit.services else "api"

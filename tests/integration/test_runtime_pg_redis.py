@@ -72,6 +72,7 @@ class Site:
             "kit_secret_postgres": "dify-$1'\"\\-first",
             "kit_secret_redis": "redis-$1'\"\\-first",
             "postgres_max_connections": 40,
+            "postgres_connection_limits": {"dify_vector": 2},
             "postgres_memory_mb": 2048,
             "runtime_pnpm_version": "11.10.0",
         }
@@ -248,6 +249,13 @@ def test_postgres_is_as_dify_needs_it(deployed: Site) -> None:
     with deployed.connect(database="dify_vector") as connection:
         found = connection.execute("SELECT '[1,2,3]'::vector <-> '[1,2,5]'::vector").fetchone()
         assert found == (2.0,)
+
+
+def test_one_database_cannot_take_the_connections_of_the_others(deployed: Site) -> None:
+    with deployed.connect(database="dify_vector"), deployed.connect(database="dify_vector"):
+        with pytest.raises(psycopg.OperationalError, match="too many connections for database"):
+            deployed.connect(database="dify_vector")
+        deployed.connect().close()
 
 
 def test_postgres_refuses_strangers(deployed: Site) -> None:

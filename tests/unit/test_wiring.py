@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import pytest
 import yaml
+from ansible.module_utils import kit_dify
 
 ROOT = Path(__file__).resolve().parents[2]
 WIRING: dict[str, Any] = yaml.safe_load((ROOT / "deploy/group_vars/all.yml").read_text())
@@ -35,6 +36,15 @@ def test_dify_asks_the_model_where_it_listens(bind: str, host: str) -> None:
     endpoint = WIRING["provider_endpoint"]
     assert render(endpoint, inference_endpoint="kit", inference_url=url) == url
     assert render(endpoint, inference_endpoint="external", inference_url=url) == ""
+
+
+def test_without_dify_none_of_its_services_stays() -> None:
+    template = WIRING["services_unwanted"].strip().removeprefix("{{").removesuffix("}}")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    environment.filters["regex_replace"] = lambda value, _, prefix: f"{prefix}{value}"
+    found = environment.compile_expression(template)(dify_mode="skip", inference_endpoint="kit")
+    assert {"websocket", "agent-backend", "agent-runtime", *kit_dify.RUNNERS} <= set(found or [])
+    assert environment.compile_expression(template)(dify_mode="source", inference_endpoint="kit") == []
 
 
 def test_the_kits_key_is_never_shown_to_another_server() -> None:
