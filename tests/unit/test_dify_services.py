@@ -1,0 +1,128 @@
+"""Which processes a site runs and what each is told: the wiring and dify_source's variables, rendered by Ansible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils import kit_dify
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import filter_loader, init_plugin_loader
+from ansible.template import Templar, trust_as_template
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = [
+    *(f"roles/{role}/defaults/main.yml" for role in ("dify_source", "plugin_daemon")),
+    "roles/dify_source/vars/main.yml",
+    "deploy/group_vars/all.yml",
+]
+init_plugin_loader([])
+filter_loader.add_directory(str(ROOT / "deploy/plugins/filter"))
+FULL = {"api", "websocket", "worker", "workflow-worker", "beat", "web", "agent-backend", "agent-runtime"}
+
+
+def site(cores: int = 2, memory_mb: int = 24_000, lacks: str = "", **settings: Any) -> Any:
+    """Renders a variable of a site: ``site()("dify_source_services")``."""
+    loader = DataLoader()
+    variables: dict[str, Any] = {}
+    for name in FILES:
+        variables |= loader.load_from_file(str(ROOT / name), trusted_as_template=True)
+    release = settings.get("dify_release", variables["dify_release"])
+    for variable, path in (
+        ("dify_source_release", f"{release}.yml"),
+        ("dify_source_env_keys", f"env-keys/{release}.yml"),
+    ):
+        variables[variable] = yaml.safe_load((ROOT / "deploy/releases" / path).read_text())
+    variables |= {
+        "ansible_facts": {
+            "processor_nproc": cores,
+            "memtotal_mb": memory_mb,
+            "user_uid": 1,
+            "user_id": "u",
+            "user_dir": "/u",
+        },
+        "playbook_dir": str(ROOT / "deploy"),
+        "inference_endpoint": "external",
+        "preflight_host": {"agent_runtime_lacks": lacks},
+        "kit_secret_agent_runtime_token": "token",
+        **settings,
+    }
+    templar = Templar(loader, variables)
+    return lambda name: templar.template(trust_as_template("{{ " + name + " }}"))
+
+
+def services(**given: Any) -> dict[str, dict[str, Any]]:
+    return {service["name"]: service for service in site(**given)("dify_source_services")}
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({}, FULL),
+        ({"memory_mb": 8_000}, FULL - {"websocket", "workflow-worker"}),
+        ({"lacks": "tmux is not installed."}, FULL - {"agent-runtime"}),
+        ({"dify_source_agent_runtime": "never"}, FULL - {"agent-runtime"}),
+        ({"dify_source_agent": False}, FULL - {"agent-backend", "agent-runtime"}),
+        ({"dify_release": "1.14.2"}, FULL - {"agent-backend", "agent-runtime"}),
+        ({"cores": 32, "memory_mb": 256_000}, FULL | {"workflow-worker-2", "workflow-worker-3", "workflow-worker-4"}),
+    ],
+)
+def test_what_a_site_runs_and_what_it_stops(given: dict[str, Any], names: set[str]) -> None:
+    render = site(**given)
+    assert {service["name"] for service in render("dify_source_services")} == names
+    unwanted = set(render("dify_source_services_unwanted"))
+    assert unwanted == (FULL | set(kit_dify.RUNNERS)) - names
+    assert set(render("kit_host_services")) >= names
+    assert (set(render("dify_source_spec.parts")) & FULL) - {"api", "web"} == names & {"agent-backend", "agent-runtime"}
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8, 64])
+@pytest.mark.parametrize("memory_mb", [8_000, 64_000])
+def test_what_the_processes_are_told_fits_into_what_postgresql_is_told(cores: int, memory_mb: int) -> None:
+    render = site(cores=cores, memory_mb=memory_mb)
+    opened = 0
+    for service in render("dify_source_services"):
+        if service["env_file"] == "etc/env/api.env":
+            workers = (
+                service["command"][service["command"].index("--workers") + 1]
+                if "--workers" in service["command"]
+                else 1
+            )
+            opened += int(workers) * sum(int(value) for value in service["environment"].values())
+    assert opened > 0
+    limits = render("postgres_connection_limits")
+    opened += int(limits["dify_vector"]) + kit_dify.DAEMON_POOL
+    assert opened + 20 < int(render("postgres_max_connections"))
+
+
+def test_every_queue_is_named_in_one_workers_command() -> None:
+    found = services(cores=32, memory_mb=256_000)
+    consumed = {name: found[name]["command"][-1].split(",") for name in found if "worker" in name}
+    assert set(consumed.pop("worker")).isdisjoint(kit_dify.WORKFLOW_QUEUES)
+    assert all(set(queues) == kit_dify.WORKFLOW_QUEUES for queues in consumed.values())
+    # Celery tells workers of one host apart by nothing else.
+    assert "workflow-worker-2@%h" in found["workflow-worker-2"]["command"]
+
+
+def test_a_shared_secret_or_port_is_not_on_a_command_line() -> None:
+    found = services()
+    assert not [name for name, service in found.items() if "token" in service["command"]]
+    listening = [
+        str(word).rpartition(":")[2] for s in found.values() for word in s["command"] if "127.0.0.1:" in str(word)
+    ]
+    assert len(set(listening)) == len(listening) == 3
+
+
+@pytest.mark.parametrize(("layout", "port"), [("full", 17811), ("lean", 17801)])
+def test_sockets_go_where_they_are_answered(layout: str, port: int) -> None:
+    assert site(dify_source_layout=layout)("gateway_websocket") == f"127.0.0.1:{port}"
+
+
+def test_the_summary_says_what_is_off_and_why() -> None:
+    assert "agents (Agent v2) can't run commands: tmux is not installed." in str(
+        site(lacks="tmux is not installed.")("dify_source_notices")
+    )
+    assert "Lean layout" in str(site(memory_mb=8_000)("dify_source_notices"))
+    assert not [note for note in site()("dify_source_notices") if "Agent v2" in note or "Lean" in note]
