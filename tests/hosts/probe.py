@@ -535,15 +535,15 @@ def plugins(home: str, port: int, postgres_port: int) -> dict[str, Any]:
     }
 
 
-def queues(home: str) -> dict[str, list[str]]:
-    """The queues that each Celery worker consumes, as the workers say. Runs with the API's own Python."""
+def queues(home: str, workers: int) -> dict[str, list[str]]:
+    """The queues that each of so many Celery workers consumes, as they say within 10 s. Runs with the API's own Python."""
     from celery import Celery
 
     known = env(home, "api")
     app = Celery(broker=known["CELERY_BROKER_URL"])
     if prefix := known.get("REDIS_KEY_PREFIX"):
         app.conf.broker_transport_options = {"global_keyprefix": f"{prefix}:"}
-    replies = app.control.inspect(timeout=5, limit=1).active_queues() or {}
+    replies = app.control.inspect(timeout=10, limit=workers).active_queues() or {}
     return {worker: [queue["name"] for queue in consumed] for worker, consumed in replies.items()}
 
 
