@@ -536,7 +536,7 @@ def plugins(home: str, port: int, postgres_port: int) -> dict[str, Any]:
 
 
 def queues(home: str, workers: int) -> dict[str, list[str]]:
-    """The queues that each of so many Celery workers consumes, as they say within 10 s. Runs with the API's own Python."""
+    """The queues that each of so many Celery workers consumes, as they say within 10 s. For the API's own Python."""
     from celery import Celery
 
     known = env(home, "api")
