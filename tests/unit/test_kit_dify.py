@@ -30,6 +30,7 @@ COMMON: dict[str, Any] = {
     "redis": REDIS,
     "inner_api_key": "inner-secret",
     "request_timeout": 900,
+    "plugin_package_mb": 300,
     "env": {},
     "env_keys": ENV_KEYS,
     "api_url": "http://127.0.0.1:1",
