@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ansible.module_utils.kit_plugin import PackageError, describe, identity
 from ansible.modules import kit_difypkg
+from filter.kit_dify import plugin_parts
 
 MANIFEST = 'version: 0.0.63\ntype: plugin\nauthor: "langgenius"\nname: "openai_api_compatible"\n'
 NAME = "langgenius/openai_api_compatible:0.0.63"
@@ -135,6 +136,14 @@ def test_what_the_marketplace_gives_is_not_believed(
     with pytest.raises(PackageError, match=expected):
         packages().one(wanted)
     assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_preflight_asks_for_what_was_not_fetched_yet(packages: Any, tmp_path: Path) -> None:
+    wanted = {"id": "langgenius/openai_api_compatible", "version": "0.0.63"}
+    [part] = plugin_parts([wanted, {"file": "/x.difypkg"}], str(tmp_path))
+    # The same name as the module gives it.
+    looking = packages(check=True, cache=str(tmp_path / "provider-plugin"))
+    assert part["present"] == [looking.one(wanted)["package"].replace(".difypkg", ".id")]
 
 
 def test_a_marketplace_out_of_reach(packages: Any) -> None:

@@ -39,6 +39,19 @@ def build_jobs(
     return list(kit_build.jobs(kit_build.Spec.load(spec), program, environment, int(memory_mb)))
 
 
+def plugin_parts(plugins: list[dict[str, Any]], cache: str) -> list[dict[str, Any]]:
+    """``dify_plugins | kit_plugin_parts(kit_cache)``: what preflight must know of those that the host has to fetch."""
+    return [
+        {
+            "name": f"plugin {plugin['id']}",
+            "present": [f"{cache}/provider-plugin/{plugin['id'].replace('/', '-')}-{plugin['version']}-marketplace.id"],
+            "sources": ["Dify's marketplace"],
+        }
+        for plugin in plugins
+        if "id" in plugin
+    ]
+
+
 class FilterModule:
     """What Ansible looks for."""
 
@@ -49,4 +62,5 @@ class FilterModule:
             "kit_daemon_env": environment(kit_dify.daemon_env),
             "kit_dify_sizing": sizing,
             "kit_build_jobs": build_jobs,
+            "kit_plugin_parts": plugin_parts,
         }
