@@ -191,8 +191,17 @@ def test_a_package_of_another_tool_that_kept_the_lockfile(
     assert imports(folder, "idna")
 
 
-def test_what_is_pinned_comes_from_the_cache(small: Path, tmp_path: Path, wrapper: Wrapper, cut: list[str]) -> None:
+@pytest.mark.parametrize("kind", ["uv.lock", "requirements.txt"])
+def test_what_is_pinned_comes_from_the_cache(
+    small: Path, tmp_path: Path, wrapper: Wrapper, cut: list[str], kind: str
+) -> None:
     script = wrapper(cache=tmp_path / "cache")
+    if kind == "requirements.txt":  # with hashes, as the kit's own plugin has it
+        export = [UV, "export", "-q", "--no-config", "--frozen", "--no-emit-project", "--project", str(small)]
+        small = shutil.copytree(small, tmp_path / "hashed")
+        subprocess.run([*export, "-o", str(small / kind)], check=True)
+        (small / "uv.lock").unlink()
+        (small / "pyproject.toml").unlink()
     first = shutil.copytree(small, tmp_path / "first")
     assert install(first, script, []).returncode == 0
     again = shutil.copytree(small, tmp_path / "again")
