@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+import plugin_package
 import pytest
 import yaml
 
@@ -83,18 +84,19 @@ def test_plugins_without_a_network(deployed: tuple[Person, str]) -> None:
     steps = [
         "cp -r tests/data/plugin ~/words",
         f".venv/bin/uv lock -q --no-config --python {home}/runtime/bin/python3.12 --project ~/words",
-        f"{home}/current/plugin-daemon/commandline plugin package ~/words -o ~/words.difypkg",
         "make plugin-package PLUGIN=~/words ARGS='--output ..'",
     ]
     packing = person.run(" && ".join(steps), 300, "plugin-package", network=True)
     assert packing.status == 0, packing.tail()
+    plain = person.home / "words.difypkg"
+    plain.write_bytes(plugin_package.packed(plugin_package.files_of(person.home / "words")))
     [packed] = person.home.glob("dify-kit-kit_words_*.difypkg")
     if not person.island:
         person.make("stop", 120)
         person.cut_network()
         assert person.run(person.boot_command(), 300, "boot").status == 0
 
-    person.configure(dify_plugins=[{"file": f"{person.home}/words.difypkg"}])
+    person.configure(dify_plugins=[{"file": str(plain)}])
     refused = person.make("deploy", 900, title="a plugin with a lockfile, no network", expect=2)
     assert "dify-kit/kit_words" in refused.output, refused.tail()
     assert "make plugin-package" in refused.output, refused.tail()
