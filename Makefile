@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev venv-plot deploy plan check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock test lint unit integration e2e test-gpu bench-deploy bench-inference
+.PHONY: help venv venv-dev venv-plot deploy plan check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock plugin-package test lint unit integration e2e test-gpu bench-deploy bench-inference
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ prune-models: venv  ## weights and engines that no service uses any more; ARGS=-
 
 recover-secrets: venv  ## a site that lost its secrets.yml: take them from its host's files
 	@$(KIT) play recover_secrets $(ARGS)
+
+plugin-package: venv  ## PLUGIN=x.difypkg with its Python packages inside, for hosts without a package index; MACHINE=aarch64
+	@.venv/bin/python deploy/tools/plugin_package.py $(PLUGIN) $(if $(MACHINE),--machine $(MACHINE)) $(ARGS)
 
 uninstall: venv  ## stop everything and remove the programs; data stays unless ARGS="-e kit_delete_data=yes"
 	@$(KIT) play uninstall $(ARGS)

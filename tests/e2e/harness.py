@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -168,6 +169,7 @@ class Person:
         self.name = name
         self.root = root
         self.first: Outcome | None = None  # the first deploy, for the tests that come after it
+        self.island: subprocess.Popen[bytes] | None = None
         self.home = Path("/home", name)
         self.remove()
         if not root:
@@ -181,12 +183,32 @@ class Person:
             **({"kit_user": name} if root else {}),
             **(settings or {}),
         }
+        self.configure()
+
+    def configure(self, **more: Any) -> None:
+        """Writes the site's settings, those that the person began with and more."""
         folder = self.checkout / "deploy/inventories/local/group_vars/kit"
         folder.mkdir(parents=True, exist_ok=True)
-        if self.settings:
-            (folder / "settings.yml").write_text(yaml.safe_dump(self.settings))
-            say(f"{name}: settings {self.settings}")
+        if settings := {**self.settings, **more}:
+            (folder / "settings.yml").write_text(yaml.safe_dump(settings))
+            say(f"{self.name}: settings {settings}")
         self.own(self.checkout)
+
+    def cut_network(self) -> None:
+        """From now on the person's commands, and what they start, have nothing but a loopback interface."""
+        self.island = subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up && exec sleep 36000"])
+
+    def restore_network(self) -> None:
+        """Commands have the machine's network again; what runs keeps what it was started with."""
+        if self.island:
+            self.island.kill()
+            self.island.wait()
+            self.island = None
+
+    @property
+    def entry(self) -> list[str]:
+        """What goes before a command, so that it has the person's network."""
+        return ["nsenter", f"--net=/proc/{self.island.pid}/ns/net"] if self.island else []
 
     def clone(self) -> None:
         """A clone of HEAD: what is not committed is not tested."""
@@ -199,12 +221,25 @@ class Person:
             subprocess.run(["chown", "-R", f"{self.name}:", str(path)], check=True)
 
     def run(
-        self, command: str, limit: float = 600, name: str = "", watch: Callable[[str], float | None] | None = None
+        self,
+        command: str,
+        limit: float = 600,
+        name: str = "",
+        watch: Callable[[str], float | None] | None = None,
+        network: bool = False,
     ) -> Outcome:
-        """A command in the checkout, by a login shell: none of this process's environment reaches it."""
+        """A command in the checkout, by a login shell: none of this process's environment reaches it.
+
+        With `network` it has the machine's, whatever the person has.
+        """
         line = f"cd {shlex.quote(str(self.checkout))} && {command}"
         who = "root" if self.root else self.name
-        return execute(["su", "-l", who, "-c", line], f"{self.name}-{name or command.split()[-1]}", limit, watch)
+        return execute(
+            [*([] if network else self.entry), "su", "-l", who, "-c", line],
+            f"{self.name}-{name or command.split()[-1]}",
+            limit,
+            watch,
+        )
 
     def make(self, what: str, limit: float, title: str = "", expect: int = 0) -> Outcome:
         """`make <what>`, timed; fails unless it ends with `expect`."""
@@ -229,13 +264,16 @@ class Person:
     def answer(self) -> str:
         """The answer to QUESTION through Dify, or from the model service where there is no Dify; an error as text."""
         facts = self.facts
-        try:
-            if facts["dify_mode"] == "skip":
-                found = probe.model(facts["kit_home"], facts["ports"]["inference"], facts["model"], QUESTION)
-            else:
-                found = probe.ask(facts["kit_home"], facts["url"], QUESTION)
-        except OSError as error:
-            return f"error: {error}"
+        question, asked = "ask", {"url": facts["url"]}
+        if facts["dify_mode"] == "skip":
+            question, asked = "model", {"port": facts["ports"]["inference"], "name": facts["model"]}
+        parameters = json.dumps({"home": facts["kit_home"], "question": QUESTION, **asked})
+        # A process of its own: it can have another network than this one.
+        command = [*self.entry, sys.executable, probe.__file__, question, parameters]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return f"error: {done.stderr.strip().splitlines()[-1]}"
+        found = json.loads(done.stdout)
         return str(found["answer"]) if found["status"] == 200 else f"error: {found['status']} {found['answer']}"
 
     def picture_tokens(self) -> dict[str, int]:
@@ -312,6 +350,7 @@ class Person:
 
     def remove(self) -> None:
         """Ends every process of the user, keeps the cache for the next one, and removes user and home."""
+        self.restore_network()
         with contextlib.suppress(KeyError):
             uid = pwd.getpwnam(self.name).pw_uid
             while alive := [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and owner(p) == uid]:

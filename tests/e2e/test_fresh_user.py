@@ -6,9 +6,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+import plugin_package
 import pytest
+import yaml
 
-from tests.e2e.harness import STEP, TIMINGS, Person, Timing, say
+from tests.e2e.harness import STEP, TIMINGS, WORK, Person, Timing, say
 
 HOUR = 3600
 PLACES = 10
@@ -64,12 +66,62 @@ def test_stop_and_boot(deployed: tuple[Person, str]) -> None:
     left = person.processes()
     assert not left, f"`make stop` left {left}"
     assert person.answer().startswith("error: "), "the question is answered although everything is stopped"
+    # What is deployed needs nobody else: it boots, answers and is deployed again on an island.
+    person.cut_network()
     hook = person.run(person.boot_command(), 300, "boot")
     assert hook.status == 0, hook.tail()
     seconds = person.expect_answer(answer, within=300)
     TIMINGS.append(Timing(person.name, "boot hook after make stop: same answer", hook.seconds + seconds))
     outcome = person.make("deploy", 600, title="deploy after boot, nothing to do")
     assert outcome.changed == 0, f"a deploy after the boot hook changed something:\n{outcome.tail()}"
+
+
+def test_plugins_without_a_network(deployed: tuple[Person, str]) -> None:
+    person, answer = deployed
+    if not person.dify:
+        pytest.skip("Dify's source cannot be had here, see above; plugins need it")
+    home = person.facts["kit_home"]
+    steps = [
+        "cp -r tests/data/plugin ~/words",
+        f".venv/bin/uv lock -q --no-config --python {home}/runtime/bin/python3.12 --project ~/words",
+        "make plugin-package PLUGIN=~/words ARGS='--output ..'",
+    ]
+    packing = person.run(" && ".join(steps), 300, "plugin-package", network=True)
+    assert packing.status == 0, packing.tail()
+    plain = person.home / "words.difypkg"
+    plain.write_bytes(plugin_package.packed(plugin_package.files_of(person.home / "words")))
+    [packed] = person.home.glob("dify-kit-kit_words_*.difypkg")
+    if not person.island:
+        person.make("stop", 120)
+        person.cut_network()
+        assert person.run(person.boot_command(), 300, "boot").status == 0
+
+    person.configure(dify_plugins=[{"file": str(plain)}])
+    refused = person.make("deploy", 900, title="a plugin with a lockfile, no network", expect=2)
+    assert "dify-kit/kit_words" in refused.output, refused.tail()
+    assert "make plugin-package" in refused.output, refused.tail()
+
+    person.configure(dify_plugins=[{"file": str(packed)}])
+    person.make("deploy", 900, title="the same plugin packed, no network")
+    assert any("/kit_words-" in process for process in person.processes()), "the plugin does not run"
+    again = person.make("deploy", 600, title="nothing to do, no network")
+    assert again.changed == 0, f"it changed something:\n{again.tail()}"
+    assert person.answer() == answer
+
+    person.make("stop", 120)
+    person.configure()
+    person.restore_network()
+
+
+def test_no_secret_in_what_was_said(deployed: tuple[Person, str]) -> None:
+    person, _ = deployed
+    file = person.checkout / "deploy/inventories/local/group_vars/kit/secrets.yml"
+    secrets = {name: str(value) for name, value in yaml.safe_load(file.read_text()).items()}
+    logs = list((WORK / "log").glob(f"*-{person.name}-*.log"))
+    assert len(secrets) >= 8
+    assert logs
+    found = [f"{name} in {log}" for log in logs for name, value in secrets.items() if value in log.read_text()]
+    assert not found, f"printed: {found}"
 
 
 def places(ended: list[tuple[str, float]]) -> list[tuple[int, str, float]]:
@@ -97,6 +149,7 @@ def after(steps: int, seconds: float) -> Callable[[str], float | None]:
 
 def test_deploy_killed_at_ten_places_converges(deployed: tuple[Person, str]) -> None:
     person, answer = deployed
+    person.restore_network()
     person.make('uninstall ARGS="-e kit_delete_data=yes"', 300, title="uninstall")
     assert not person.processes(), f"uninstall left {person.processes()}"
 

@@ -47,10 +47,10 @@ class KitHost:
         self.proved: dict[str, list[str]] = {}
         self.host = testinfra.get_host("local://" if self.local else f"ssh://{facts['address']}")
 
-    def run(self, *command: str) -> str:
-        """Runs a command on the host as the service user; returns its output, fails with its words."""
+    def run(self, *command: str, as_service_user: bool = True) -> str:
+        """Runs a command on the host, as the service user unless said; returns its output, fails with its words."""
         line = shlex.join(command)
-        if self.facts["become"]:
+        if self.facts["become"] and as_service_user:
             line = shlex.join(["su", "-s", "/bin/sh", self.user, "-c", line])
         result = self.host.run(line)
         if result.rc:
@@ -59,11 +59,15 @@ class KitHost:
             )
         return str(result.stdout)
 
-    def probe(self, question: str, /, python: str = "runtime/venv/bin/python", **arguments: Any) -> Any:
+    def probe(
+        self, question: str, /, python: str = "runtime/venv/bin/python", as_service_user: bool = True, **arguments: Any
+    ) -> Any:
         """The answer to a question of probe.py; `python` is relative to kit_home."""
         source = PROBE.read_text()
         parameters = json.dumps({"home": self.home, **arguments})
-        return json.loads(self.run(f"{self.home}/{python}", "-c", source, question, parameters))
+        # Whoever looks leaves nothing behind, no byte code either.
+        command = [f"{self.home}/{python}", "-B", "-c", source, question, parameters]
+        return json.loads(self.run(*command, as_service_user=as_service_user))
 
     def why(self, service: str) -> str:
         """Why an engine died, named from its log; empty for other services and unknown causes."""

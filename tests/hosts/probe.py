@@ -7,13 +7,16 @@ and listens where only this host can. Prints the answer as JSON. A secret never 
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -108,20 +111,45 @@ def secrets(home: str, secrets_file: str | None) -> dict[str, str]:
     return found
 
 
-def leaks(home: str, secrets_file: str | None) -> dict[str, Any]:
-    """Where a secret stands in a log or in a process's arguments, by the secret's name; `known` counts the secrets."""
+def leaks(home: str, cache: str, secrets_file: str | None) -> dict[str, Any]:
+    """Where a secret can be read that should not be, by its name; `known` counts the secrets, `places` what was read.
+
+    Looked at are the arguments of every process, what the services and jobs have logged or noted, what the kit keeps of
+    its own in the cache, and the user's journal where there is one.
+    """
     known = secrets(home, secrets_file)
-    places = {f"arguments of process {pid}": text for pid, text in arguments()}
-    for file in Path(home, "var").rglob("*"):
-        if file.suffix in (".log", ".json", ".pid") or ".log." in file.name:
-            places[str(file)] = file.read_bytes()
-    found = [
-        f"{name} in {place}"
-        for place, text in places.items()
-        for name, value in known.items()
-        if value.encode() in text
-    ]
-    return {"known": len(known), "found": found}
+    found: list[str] = []
+    places = 0
+
+    def look(place: str, text: bytes) -> None:
+        nonlocal places
+        places += 1
+        found.extend(f"{name} in {place}" for name, value in known.items() if value.encode() in text)
+
+    for pid, text in arguments():
+        look(f"arguments of process {pid}", text)
+    for file in [*texts(Path(home, "var"), NO_LOGS), *texts(Path(cache), BULK)]:
+        with contextlib.suppress(OSError):  # rotated or ended meanwhile
+            look(str(file), file.read_bytes())
+    if shutil.which("journalctl"):
+        journal = ["journalctl", "--quiet", "--output=cat", "--lines=100000", f"_UID={os.stat(home).st_uid}"]
+        look("the journal", subprocess.run(journal, capture_output=True).stdout)
+    return {"known": len(known), "places": places, "found": found}
+
+
+# Databases, uploads and programs hold what people and makers put in; the cache's bulk comes from registries.
+NO_LOGS = ("postgres", "redis", "storage", "plugins", "backups")
+BULK = ("uv", "builds", "downloads", "inference", "src", "go", "go-build", "pnpm", "provider-plugin", "work")
+
+
+def texts(folder: Path, without: tuple[str, ...]) -> Iterator[Path]:
+    """Files of less than 50 MB below a folder, but for some of its folders."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.is_dir() and not entry.is_symlink():
+            if entry.name not in without:
+                yield from texts(entry, ())
+        elif entry.is_file() and entry.stat().st_size < 50_000_000:
+            yield entry
 
 
 def arguments() -> Iterator[tuple[str, bytes]]:
@@ -134,30 +162,86 @@ def arguments() -> Iterator[tuple[str, bytes]]:
                 continue
 
 
-def modes(home: str) -> dict[str, str]:
-    """What others than the service user may open, of that which must be private: path and mode."""
-    private = [Path(home), *(Path(home, name) for name in ("etc", "var"))]
-    private += [path for path in Path(home, "etc").rglob("*") if not path.is_symlink()]
-    private += [path for path in Path(home, "var").iterdir() if not path.is_symlink()]
-    return {str(p): oct(p.stat().st_mode & 0o777) for p in private if p.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)}
+def environments(home: str, supervisord: int, services: dict[str, int]) -> dict[str, Any]:
+    """Which process has a secret in its environment that is not in its service's own env files.
 
-
-def shown(home: str, services: dict[str, int]) -> dict[str, Any]:
-    """The secrets in the environments of each service's processes, by its main process.
-
-    A secret is named by its first name in the environment files; `names` has that for all of its names.
+    `services` are the services' processes; what they started counts as theirs, but a plugin is somebody else's program
+    and may have none. `seen` counts by service the processes that were looked at, `plugins` those of plugins.
     """
-    first: dict[str, str] = {}
-    names: dict[str, list[str]] = {}
-    for place, value in secrets(home, None).items():
-        name = place.partition(": ")[2]
-        names.setdefault(name, []).append(first.setdefault(value, place))
-    found = {}
-    for service, main in services.items():
-        # A password is also a part of an address.
-        told = "\n".join(value for pid in descendants(main) for value in environment(pid).values())
-        found[service] = sorted(place for value, place in first.items() if value in told)
-    return {"found": found, "names": names}
+    known = secrets(home, None)
+    found, seen, plugins = [], {}, 0
+    for service, root in [("supervisord", supervisord), *services.items()]:
+        conf = Path(home, "etc", "conf.d", f"{service}.conf")
+        files = re.findall(r"--env-file (\S+)", conf.read_text()) if conf.is_file() else []
+        own = "".join(Path(file).read_text() for file in files)
+        pids = [root] if service == "supervisord" else descendants(root)
+        seen[service] = 0
+        for pid in pids:
+            try:
+                has = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+                folder = os.readlink(f"/proc/{pid}/cwd")
+            except OSError:
+                continue  # ended meanwhile
+            seen[service] += 1
+            plugin = folder.startswith(f"{home}/var/plugins/cwd/")
+            plugins += plugin
+            names = sorted(name for name, value in known.items() if value in has and (plugin or value not in own))
+            found += [f"{'a plugin' if plugin else service} (process {pid}) has {name}" for name in names]
+    return {"known": len(known), "seen": seen, "plugins": plugins, "found": found}
+
+
+def settings(home: str, services: dict[str, int]) -> dict[str, Any]:
+    """Which variables of its env files a service's process does not have, or has with another value; how many it has.
+
+    PostgreSQL and Redis write their title over what the kernel shows of their environment: they are left out.
+    """
+    compared, differ = 0, []
+    for service, pid in services.items():
+        conf = Path(home, "etc", "conf.d", f"{service}.conf")
+        files = re.findall(r"--env-file (\S+)", conf.read_text()) if service not in ("postgres", "redis") else []
+        wanted = {key: value for file in files for key, value in env(home, Path(file).stem).items()}
+        text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+        has = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+        compared += len(wanted)
+        differ += [f"{service}: {key}" for key, value in wanted.items() if has.get(key) != value]
+    return {"compared": compared, "differ": differ}
+
+
+def modes(home: str, without: list[str], classes: list[tuple[str, str, dict[str, list[int]]]]) -> dict[str, Any]:
+    """Every file below the home with an owner or a mode that its class does not allow; what has no class is one, too.
+
+    A class is its name, a regular expression for the whole path below the home, and by kind of file (`folder`, `file`,
+    `socket`) two numbers: which bits must be set, and which must not be. `counted` tells how many files each class has.
+    Folders of the home that are named in `without` are not looked at.
+    """
+    me, found, counted = os.getuid(), [], dict.fromkeys((name for name, _, _ in classes), 0)
+    compiled = [(name, re.compile(path), kinds) for name, path, kinds in classes]
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFREG: "file", stat.S_IFSOCK: "socket"}
+    pending = [home]
+    left_out = {f"{home}/{name}" for name in without}
+    while pending:
+        path = pending.pop()
+        try:
+            entry = os.lstat(path)
+            if stat.S_ISDIR(entry.st_mode):
+                pending += [child.path for child in os.scandir(path) if child.path not in left_out]
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        name = path[len(home) + 1 :] or "."
+        mode, kind = stat.S_IMODE(entry.st_mode), kinds.get(stat.S_IFMT(entry.st_mode), "other")
+        if entry.st_uid != me:
+            found.append(f"{name} belongs to user {entry.st_uid}")
+        if stat.S_ISLNK(entry.st_mode):
+            continue  # what it names has a mode, the link has none
+        title, allowed = next(((t, k) for t, pattern, k in compiled if pattern.fullmatch(name)), ("", {}))
+        if kind not in allowed:
+            found.append(f"{name} is a {kind} that nobody expects" + (f" among the {title}" if title else ""))
+            continue
+        counted[title] += 1
+        must, must_not = allowed[kind]
+        if mode & must != must or mode & must_not:
+            found.append(f"{name} ({title}) has mode {mode:04o}")
+    return {"counted": counted, "found": found}
 
 
 def environment(pid: int) -> dict[str, str]:
@@ -273,6 +357,7 @@ def redis(home: str, port: int) -> dict[str, Any]:
         "pong": pong,
         "aof": persistence["aof_enabled"],
         "aof_last_write": persistence["aof_last_write_status"],
+        "last_save": persistence["rdb_last_bgsave_status"],
         "refuses_strangers": refused,
     }
 

@@ -48,6 +48,9 @@ def test_redis_answers_and_refuses_strangers(kit: KitHost) -> None:
         f"Redis answers without a password. Look for requirepass in {kit.home}/etc/redis.conf."
     )
     assert answer["aof"] == 1, "Redis' append-only file is off: a crash loses queued work. Run `make deploy`."
+    assert answer["last_save"] == "ok", (
+        "Redis could not save its data. Is the disk full, or memory? `make logs SERVICE=redis`"
+    )
     assert answer["aof_last_write"] == "ok", "Redis could not write its append-only file. Is the disk full?"
 
 

@@ -1,6 +1,13 @@
-"""What runs, as whom, and who can reach it."""
+"""What runs, as whom, with which settings, and who can reach it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
 
 from tests.hosts.kit_host import KitHost
+
+RELEASES = Path(__file__).resolve().parents[2] / "deploy" / "releases"
 
 
 def test_every_service_runs(kit: KitHost) -> None:
@@ -27,6 +34,22 @@ def test_processes_belong_to_the_service_user(kit: KitHost) -> None:
     assert not others, (
         f"not owned by {kit.user}: {others}. Run `make stop`, then `make deploy` as {kit.user} or as root."
     )
+
+
+def test_services_run_with_what_is_configured(kit: KitHost) -> None:
+    running = {name: program.pid for name, program in kit.supervised.items() if program.pid}
+    answer = kit.probe("settings", services=running)
+    assert answer["compared"], "no setting was compared"
+    assert not answer["differ"], f"{answer['differ']}: running with other values than its file has. Run `make deploy`."
+
+
+@pytest.mark.service("worker")
+def test_dify_starts_as_its_release_does(kit: KitHost) -> None:
+    release = yaml.safe_load((RELEASES / f"{kit.facts['release']}.yml").read_text())
+    found = {p["pid"]: p["argv"] for p in kit.probe("processes", supervisord=kit.supervisord)}
+    for service, app in {"worker": release["celery"]["app"], "api": release["gunicorn"]["app"]}.items():
+        argv = found.get(kit.supervised[service].pid or 0, [])
+        assert app in argv, f"{service} does not start {app}, but {argv}. Run `make deploy`."
 
 
 def test_only_this_host_reaches_the_listeners(kit: KitHost) -> None:

@@ -229,11 +229,11 @@ def test_no_idle_connection_stays_at_the_api(gateway: Gateway, dify: dict[str, U
 
 def test_uploads_up_to_the_limit(home: Home, dify: dict[str, Upstream]) -> None:
     mebibyte = 1 << 20
-    with Gateway(home, gateway_api=dify["api"].address, gateway_max_body_mb=2) as gateway:
+    with Gateway(home, gateway_api=dify["api"].address, gateway_max_body_mb=2, gateway_plugin_package_mb=5) as gateway:
 
-        def upload(size: int) -> int:
+        def upload(size: int, path: str = "/console/api/files/upload") -> int:
             connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
-            connection.request("POST", "/console/api/files/upload", body=b"x" * size)
+            connection.request("POST", path, body=b"x" * size)
             answer = connection.getresponse()
             if answer.status == 200:
                 assert json.load(answer)["received"] == size
@@ -242,6 +242,10 @@ def test_uploads_up_to_the_limit(home: Home, dify: dict[str, Upstream]) -> None:
 
         assert upload(2 * mebibyte + 4096) == 200  # the largest file in its form
         assert upload(4 * mebibyte) == 413
+        # A plugin that carries its wheels is larger than any file.
+        packages = "/console/api/workspaces/current/plugin/upload/pkg"
+        assert upload(5 * mebibyte + 4096, packages) == 200
+        assert upload(7 * mebibyte, packages) == 413
 
 
 def test_has_the_figures_that_the_dashboard_asks_for(gateway: Gateway) -> None:

@@ -266,6 +266,20 @@ def test_install_links_and_replaces_what_was_there(built_with: Callable[[Builder
     assert [item.name for item in wanted.installed("web").parent.iterdir()] == ["web"]
 
 
+def test_what_others_may_write_is_not_installed_so(built_with: Callable[[Builder], Spec]) -> None:
+    def build_open(spec: Spec, source: Path, tree: Path, out: Path) -> None:
+        build_slowly(spec, source, tree, out)
+        (out / "server.js").chmod(0o666)
+
+    wanted = built_with(build_open)
+    cached = kit_build.build(wanted, "web") / "server.js"
+    assert cached.stat().st_mode & 0o777 == 0o644
+    cached.chmod(0o666)  # as an older kit, or another user of the cache, has left it
+    kit_build.install(wanted, "web")
+    assert (wanted.installed("web") / "server.js").stat().st_mode & 0o777 == 0o644
+    assert not os.path.samefile(wanted.installed("web") / "server.js", cached)
+
+
 def test_install_copies_where_links_are_impossible(
     built_with: Callable[[Builder], Spec], monkeypatch: pytest.MonkeyPatch
 ) -> None:

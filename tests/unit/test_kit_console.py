@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,7 @@ class FakeDify:
         self.logins = 0
         self.password = PASSWORD
         self.plugin: str | None = None
+        self.more: list[str] = []
         self.task = {"status": "success", "plugins": [{"message": "installed"}]}
         self.install_takes = True
         self.marketplace: str | None = None
@@ -113,22 +115,33 @@ class FakeDify:
 
     def workspace(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if path == f"{HERE}/plugin/list/installations/ids":
-            plugin_id = (self.plugin or "").partition(":")[0]
-            found = {"id": "i1", "plugin_id": plugin_id, "plugin_unique_identifier": self.plugin}
-            return 200, {"plugins": [found] if self.plugin and plugin_id in body["plugin_ids"] else []}
+            there = {"i1": self.plugin, **{name: name for name in self.more}}
+            plugins = [
+                {"id": number, "plugin_id": name.partition(":")[0], "plugin_unique_identifier": name}
+                for number, name in there.items()
+                if name
+            ]
+            return 200, {"plugins": [plugin for plugin in plugins if plugin["plugin_id"] in body["plugin_ids"]]}
         if path == f"{HERE}/plugin/list/latest-versions":
             newest = {"unique_identifier": self.marketplace} if self.marketplace else None
             return 200, {"versions": {body["plugin_ids"][0]: newest}}
         if path == f"{HERE}/plugin/upload/pkg":
             if b"unsigned" in body:
                 return 400, {"code": "plugin_error", "message": "bad signature"}
-            return 200, {"unique_identifier": IDENTIFIER}
+            named = re.search(rb"somebody/[\w:@.]+", body)
+            return 200, {"unique_identifier": named[0].decode() if named else IDENTIFIER}
         if path == f"{HERE}/plugin/uninstall":
-            self.plugin = None
+            if body["plugin_installation_id"] == "i1":
+                self.plugin = None
+            else:
+                self.more.remove(body["plugin_installation_id"])
             return 200, {"success": True}
         if path in (f"{HERE}/plugin/install/pkg", f"{HERE}/plugin/install/marketplace"):
-            if self.install_takes:
-                self.plugin = body["plugin_unique_identifiers"][0]
+            [name] = body["plugin_unique_identifiers"]
+            if self.install_takes and name.startswith("somebody/"):
+                self.more.append(name)
+            elif self.install_takes:
+                self.plugin = name
             return 200, {"all_installed": False, "task_id": "t1"}
         if path == f"{HERE}/plugin/tasks/t1":
             return 200, {"task": self.task}
@@ -241,6 +254,7 @@ def deploy(dify: FakeDify, tmp_path: Path) -> Callable[..., Workspace]:
             "wait_seconds": 5,
             "admin": {"email": "admin@example.com", "name": "admin", "password": PASSWORD, "language": "en-US"},
             "plugin": {"package": str(tmp_path / "p.difypkg"), "identifier": IDENTIFIER, "install_seconds": 5},
+            "plugins": [],
             "provider": PROVIDER,
             "model": {
                 "name": "",
@@ -334,6 +348,28 @@ def test_another_plugin_content_replaces_the_installed_one(dify: FakeDify, deplo
     dify.calls.clear()
     assert deploy().changes == ["plugin"]
     assert [call.rpartition("/")[2] for call in dify.writes()] == ["pkg", "uninstall", "pkg"]
+
+
+def test_more_plugins_come_and_go_with_the_site(
+    dify: FakeDify, deploy: Callable[..., Workspace], tmp_path: Path
+) -> None:
+    def packed(name: str) -> dict[str, str]:
+        package = tmp_path / f"{name.replace('/', '-')}.difypkg"
+        package.write_text(name)
+        return {"package": str(package), "identifier": name}
+
+    first, second = packed("somebody/a:1@x"), packed("somebody/b:1@x")
+    assert deploy(plugins=[first, second]).changes[:4] == ["admin", "plugin", "plugin somebody/a", "plugin somebody/b"]
+    dify.calls.clear()
+    assert (deploy(plugins=[first, second]).changes, dify.writes()) == ([], [])
+    assert deploy(plugins=[first, packed("somebody/b:2@y")], check=True).changes == ["plugin somebody/b"]
+    assert dify.writes() == []
+    assert deploy(plugins=[packed("somebody/b:2@y")]).changes == ["plugin somebody/b", "plugin somebody/a"]
+    assert (dify.more, dify.plugin) == (["somebody/b:2@y"], IDENTIFIER)
+    # What people install in Dify is theirs.
+    dify.more.append("somebody/own:1@z")
+    assert deploy(plugins=[]).changes == ["plugin somebody/b"]
+    assert dify.more == ["somebody/own:1@z"]
 
 
 def test_a_refused_package_leaves_the_installed_one(

@@ -38,6 +38,7 @@ COMMON: dict[str, Any] = {
     "redis": REDIS,
     "inner_api_key": "inner-secret",
     "request_timeout": 900,
+    "plugin_package_mb": 300,
     "env": {},
     "env_keys": ENV_KEYS,
     "api_url": "http://127.0.0.1:1",
@@ -161,6 +162,26 @@ def test_the_hosts_own_services_are_never_behind_the_proxy() -> None:
     assert env["HTTPS_PROXY"] == env["https_proxy"] == "http://proxy:3128"
     assert env["NO_PROXY"].split(",") == ["10.0.0.0/8", "127.0.0.1", "localhost"]
     assert "NO_PROXY" not in kit_dify.api_env(dify())
+
+
+def test_a_mirror_goes_before_lockfiles() -> None:
+    env = kit_dify.daemon_env(daemon(pypi_index="https://mirror/simple"))
+    assert (env["PIP_MIRROR_URL"], env["PLUGIN_IGNORE_UV_LOCK"]) == ("https://mirror/simple", True)
+    # Without one the lockfile counts, by its hashes.
+    assert not {"PIP_MIRROR_URL", "PLUGIN_IGNORE_UV_LOCK"} & set(kit_dify.daemon_env(daemon()))
+
+
+def test_a_slow_index_has_time() -> None:
+    env = kit_dify.daemon_env(daemon())
+    assert (env["PYTHON_ENV_INIT_TIMEOUT"], env["PIP_MIRROR_AUTO_DETECT"]) == (600, False)
+    wrapper = Path(__file__).parents[2] / "roles/plugin_daemon/templates/uv-for-plugins.j2"
+    assert "UV_HTTP_TIMEOUT=300" in wrapper.read_text()
+
+
+def test_whole_images_fit_between_daemon_and_plugin() -> None:
+    env = kit_dify.daemon_env(daemon())
+    # Ten images of 4 MiB, the most of a question, in base64.
+    assert env["PLUGIN_STDIO_MAX_BUFFER_SIZE"] == env["PLUGIN_RUNTIME_MAX_BUFFER_SIZE"] > 10 * 4 * 2**20 * 4 / 3
 
 
 def test_signatures_stay_on_and_the_sites_key_counts() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible.module_utils import kit_report, kit_validate
+from ansible.module_utils.kit_plugin import PackageError
 from ansible.module_utils.kit_validate import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,14 +270,46 @@ EXTERNAL = {"inference_endpoint": "external", "provider_endpoint": "https://llm.
         ({**EXTERNAL, "inference_endpoint": "kit"}, ["provider_endpoint"], ["but inference_endpoint is kit"]),
         ({"provider_plugin": "official"}, [], ["nothing says where the plugin comes from"]),
         ({"provider_plugin": "official", "dify_source_marketplace": True}, [], []),
-        ({"provider_plugin": "official", "provider_package": "/x.difypkg"}, [], ["which is not there"]),
-        ({"provider_plugin": "kit", "provider_package": "/x.difypkg"}, [], ["but provider_plugin is kit"]),
+        ({"provider_plugin": "official", "provider_package": "/x.difypkg"}, [], []),
     ],
 )
 def test_server_and_plugin_fit_together(values: dict[str, Any], there: list[str], expected: list[str]) -> None:
-    problems = kit_validate.check_provider(values, dict.fromkeys(there, WHERE), package_is_there=False)
+    problems = kit_validate.check_provider(values, dict.fromkeys(there, WHERE))
     assert len(problems) == len(expected)
     assert all(part in problem.what for part, problem in zip(expected, problems, strict=True))
+    assert all(problem.remedy for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "expected"),
+    [
+        ([{"file": "/x.difypkg"}, {"id": "langgenius/json_process", "version": "0.0.7"}], []),
+        ([{"id": "langgenius/json_process"}], ["neither a file nor an id"]),
+        ([{"file": "/x.difypkg", "id": "a/b", "version": "1.0"}], ["neither a file nor an id"]),
+        ([{"id": "json_process", "version": "0.0.7"}], ["id is 'json_process'"]),
+        ([{"id": "a/b", "version": "latest"}], ["version is 'latest'"]),
+        ([{"id": "a/b", "version": "1.0"}, {"id": "a/b", "version": "1.1"}], ["a/b is there twice"]),
+    ],
+)
+def test_plugins_say_where_they_come_from(plugins: list[dict[str, str]], expected: list[str]) -> None:
+    problems = kit_validate.check_plugins(plugins, WHERE)
+    assert len(problems) == len(expected)
+    assert all(part in problem.what for part, problem in zip(expected, problems, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("described", "wanted", "expected"),
+    [
+        (("a/b:1.0", 2**20), "", ""),
+        (("a/b:1.0", 2**20), "a/b", ""),
+        (("a/b:1.0", 2**20), "a/c", "is a/b:1.0, not a/c"),
+        (("a/b:1.0", 400 * 2**20), "", "400 MiB unpacked; the plugin daemon accepts 300"),
+        (PackageError("x is no plugin package (No such file).\nRemedy: name one."), "", "x is no plugin package"),
+    ],
+)
+def test_a_package_is_looked_at_before_anything_is_built(described: Any, wanted: str, expected: str) -> None:
+    problems = kit_validate.check_package("dify_plugins[0]", "/x.difypkg", WHERE, described, wanted, 300)
+    assert [expected in problem.what for problem in problems] == ([True] if expected else [])
     assert all(problem.remedy for problem in problems)
 
 

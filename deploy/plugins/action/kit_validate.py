@@ -16,6 +16,7 @@ from ansible.plugins.action import ActionBase
 # Ansible finds the kit's module_utils for modules only; an action plugin is imported as it is.
 ansible.module_utils.__path__.append(str(Path(__file__).parents[1] / "module_utils"))
 from ansible.module_utils import kit_validate as rules
+from ansible.module_utils.kit_plugin import PackageError, describe
 from ansible.module_utils.kit_release import open_advisories, validate_release
 from ansible.module_utils.kit_report import Problem, render
 
@@ -170,9 +171,10 @@ class ActionModule(ActionBase):
         names = ["inference_endpoint", "provider_endpoint", "provider_api_key", "provider_model", "provider_plugin"]
         names += ["provider_package", "dify_source_marketplace"]
         if value("dify_mode") == "source" and not broken & set(names):
-            provider = {name: value(name) for name in names}
-            package = provider["provider_package"]
-            yield from rules.check_provider(provider, where, bool(package) and os.path.isfile(str(package)))
+            yield from rules.check_provider({name: value(name) for name in names}, where)
+        names = ["provider_plugin", "provider_package", "dify_plugins", "plugin_daemon_package_mb"]
+        if value("dify_mode") == "source" and not broken & set(names):
+            yield from self._check_plugins(value, where)
         names = ["inference_model", "inference_weights_source", "inference_weights_folder", "inference_hub_mirror"]
         if value("inference_endpoint") != "external" and not broken & set(names):
             files = (deploy.parent / "inference" / "catalog").glob("*.yml")
@@ -182,6 +184,26 @@ class ActionModule(ActionBase):
         home, cache = value("kit_home"), value("kit_cache")
         if home and cache and not broken & {"kit_home", "kit_cache", "kit_user_home"}:
             yield from rules.check_folders(home, cache, where.get("kit_home") or where.get("kit_cache") or "kit_home")
+
+    def _check_plugins(self, value: Any, where: Mapping[str, str]) -> Iterator[Problem]:
+        """The packages are on this machine and what they should be: a deploy needs them at its very end."""
+        place, plugins = where.get("dify_plugins", "dify_plugins"), value("dify_plugins") or []
+        problems = rules.check_plugins(plugins, place)
+        yield from problems
+        files = [(f"dify_plugins[{number}]", p["file"], place, "") for number, p in enumerate(plugins) if "file" in p]
+        if package := value("provider_package"):
+            ids = {"kit": "dify-kit/kit_inference", "official": "langgenius/openai_api_compatible"}
+            expected = ids[value("provider_plugin") or "kit"]
+            files.append(("provider_package", package, where.get("provider_package", "provider_package"), expected))
+        for name, file, there, wanted in files if not problems else []:
+            described: tuple[str, int] | PackageError
+            try:
+                described = describe(Path(str(file)), shorten(str(file)))
+            except PackageError as error:
+                described = error
+            yield from rules.check_package(
+                name, str(file), there, described, wanted, int(value("plugin_daemon_package_mb") or 300)
+            )
 
     def _check_release(self, release: str, value: Any, where: Mapping[str, str], deploy: Path) -> Iterator[Problem]:
         place = where.get("dify_release", "dify_release in deploy/group_vars/all.yml")

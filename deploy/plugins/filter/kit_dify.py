@@ -47,6 +47,19 @@ def build_jobs(
     return list(kit_build.jobs(kit_build.Spec.load(spec), program, environment, int(memory_mb)))
 
 
+def plugin_parts(plugins: list[dict[str, Any]], cache: str) -> list[dict[str, Any]]:
+    """``dify_plugins | kit_plugin_parts(kit_cache)``: what preflight must know of those that the host has to fetch."""
+    return [
+        {
+            "name": f"plugin {plugin['id']}",
+            "present": [f"{cache}/provider-plugin/{plugin['id'].replace('/', '-')}-{plugin['version']}-marketplace.id"],
+            "sources": ["Dify's marketplace"],
+        }
+        for plugin in plugins
+        if "id" in plugin
+    ]
+
+
 class FilterModule:
     """What Ansible looks for."""
 
@@ -60,4 +73,5 @@ class FilterModule:
             "kit_split_queues": kit_dify.split_queues,
             "kit_named": named,
             "kit_build_jobs": build_jobs,
+            "kit_plugin_parts": plugin_parts,
         }

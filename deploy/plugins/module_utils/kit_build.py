@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -187,10 +188,10 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, mode: int = 0o666) -> Iterator[None]:
     """Hold a lock that no other run has; the system frees it when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, mode), "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -510,6 +511,9 @@ BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
 }
 
 
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
 def build(spec: Spec, part: str) -> Path:
     """Build a part unless the cache has it; return its folder there."""
     target = spec.build(part)
@@ -526,6 +530,9 @@ def build(spec: Spec, part: str) -> Path:
             manifest |= {"part": part, "key": spec.key(part), "seconds": round(time.monotonic() - started)}
             (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             (out / spec.marker(part).name).touch()
+            for path in out.rglob("*"):
+                if not path.is_symlink() and path.stat().st_mode & OTHERS_WRITE:
+                    path.chmod(path.stat().st_mode & 0o7777 & ~OTHERS_WRITE)
             target.parent.mkdir(parents=True, exist_ok=True)
             out.rename(target)
             shutil.rmtree(work, ignore_errors=True)
@@ -537,20 +544,27 @@ def build(spec: Spec, part: str) -> Path:
 
 
 def link_or_copy(source: str, target: str) -> str:
-    """A second name for the file where the file system allows it, else a copy; what is installed is never edited."""
+    """A second name for the file where the file system allows it, else a copy; what is installed is never edited.
+
+    A file that others may write (Next.js and uv make such) is always copied, without that.
+    """
+    mode = os.stat(source).st_mode
     try:
-        os.link(source, target)
+        if not mode & OTHERS_WRITE:
+            os.link(source, target)
+            return target
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK):
             raise
-        shutil.copy2(source, target)
+    shutil.copy2(source, target)
+    os.chmod(target, mode & 0o7777 & ~OTHERS_WRITE)
     return target
 
 
 def install(spec: Spec, part: str) -> None:
     """Put a part from the cache under the home, complete or not at all."""
     target = spec.installed(part)
-    with locked(spec.home / "var/run/install.lock"):
+    with locked(spec.home / "var/run/install.lock", 0o600):
         if spec.marker(part).exists():
             return
         new, old = (target.with_name(f".{part}.{suffix}") for suffix in ("new", "old"))

@@ -215,8 +215,12 @@ class Console:
     # --- plugins ------------------------------------------------------------------------------------------------------
     def installed_plugin(self, plugin_id: str) -> dict[str, Any] | None:
         """What is really installed under `author/name`: `id`, `plugin_unique_identifier`, `version` and more."""
-        said = self.request("POST", f"{WORKSPACE}/plugin/list/installations/ids", {"plugin_ids": [plugin_id]})
-        return next((item for item in said["plugins"] if item["plugin_id"] == plugin_id), None)
+        return self.installed_plugins([plugin_id]).get(plugin_id)
+
+    def installed_plugins(self, plugin_ids: list[str]) -> dict[str, dict[str, Any]]:
+        """The same for several; those that are not installed are missing."""
+        said = self.request("POST", f"{WORKSPACE}/plugin/list/installations/ids", {"plugin_ids": plugin_ids})
+        return {item["plugin_id"]: item for item in said["plugins"] if item["plugin_id"] in plugin_ids}
 
     def upload_plugin(self, package: Path) -> str:
         """Uploads a package; the daemon checks its signature. Returns its unique identifier."""
@@ -256,7 +260,8 @@ class Console:
             if task["status"] == "failed":
                 raise ConsoleError(
                     f"The plugin {identifier} was not installed: {message}",
-                    "it installs Python packages: is the index reachable (kit_pypi_index, kit_https_proxy)? "
+                    "it installs Python packages: is the index reachable (kit_pypi_index, kit_https_proxy)? For a host "
+                    "without one, `make plugin-package` puts them into the package. "
                     "`make logs SERVICE=plugin-daemon` has the whole story.",
                 )
             if task["status"] == "success":

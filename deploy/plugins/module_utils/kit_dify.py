@@ -14,8 +14,6 @@ from urllib.parse import quote
 
 Env = dict[str, Any]
 
-# The same on both sides, or a package that the console accepts is refused by the daemon.
-MAX_PLUGIN_PACKAGE_BYTES = 50 * 1024 * 1024
 # A line between daemon and plugin carries whole images in base64; upstream's 5 MB cut them off.
 MAX_PLUGIN_LINE_BYTES = 64 * 1024 * 1024
 # Nothing listens on the discard port. Upstream's default would reach whoever runs a sandbox of his own on this host.
@@ -158,6 +156,7 @@ _WIRED = {
         "FILES_URL": "dify_public_url",
         "TRIGGER_URL": "dify_public_url",
         "MARKETPLACE_ENABLED": "dify_source_marketplace",
+        "PLUGIN_MAX_PACKAGE_SIZE": "plugin_daemon_package_mb",
         "PLUGIN_DAEMON_TIMEOUT": "dify_source_request_timeout",
         "GUNICORN_TIMEOUT": "dify_source_request_timeout",
         "SERVER_WORKER_AMOUNT": "dify_source_api_workers",
@@ -195,6 +194,7 @@ _WIRED = {
         "REDIS_HOST": "plugin_daemon_redis",
         "REDIS_PORT": "plugin_daemon_redis",
         "REDIS_PASSWORD": "plugin_daemon_redis",
+        "MAX_PLUGIN_PACKAGE_SIZE": "plugin_daemon_package_mb",
         "PLUGIN_MAX_EXECUTION_TIMEOUT": "plugin_daemon_request_timeout",
         "FORCE_VERIFYING_SIGNATURE": "plugin_daemon_require_signatures",
         "THIRD_PARTY_SIGNATURE_VERIFICATION_ENABLED": "plugin_daemon_require_signatures",
@@ -314,7 +314,8 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "PLUGIN_DAEMON_URL": site["plugin_daemon_url"],
         "PLUGIN_DAEMON_KEY": site["plugin_daemon_key"],
         "PLUGIN_DAEMON_TIMEOUT": timeout,
-        "PLUGIN_MAX_PACKAGE_SIZE": MAX_PLUGIN_PACKAGE_BYTES,
+        # The same on both sides, or a package that the console accepts is refused by the daemon.
+        "PLUGIN_MAX_PACKAGE_SIZE": site["plugin_package_mb"] * 2**20,
         "PLUGIN_REMOTE_INSTALL_HOST": "127.0.0.1",
         "PLUGIN_REMOTE_INSTALL_PORT": site["plugin_daemon_debug_port"],
         "INNER_API_KEY_FOR_PLUGIN": site["inner_api_key"],
@@ -419,7 +420,7 @@ def daemon_env(site: Mapping[str, Any]) -> Env:
         "PLUGIN_STORAGE_TYPE": "local",
         "PLUGIN_STORAGE_LOCAL_ROOT": f"{site['home']}/var/plugins/storage",
         "PLUGIN_WORKING_PATH": f"{site['home']}/var/plugins/cwd",
-        "MAX_PLUGIN_PACKAGE_SIZE": MAX_PLUGIN_PACKAGE_BYTES,
+        "MAX_PLUGIN_PACKAGE_SIZE": site["plugin_package_mb"] * 2**20,
         "PLUGIN_STDIO_MAX_BUFFER_SIZE": MAX_PLUGIN_LINE_BYTES,
         "PLUGIN_RUNTIME_MAX_BUFFER_SIZE": MAX_PLUGIN_LINE_BYTES,
         "PLUGIN_MAX_EXECUTION_TIMEOUT": timeout,

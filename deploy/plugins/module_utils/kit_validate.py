@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from .kit_plugin import PLUGIN_ID, VERSION, PackageError
 from .kit_report import Problem
 
 #: An option of an argument specification: ``{"type": "int", "choices": [...], ...}``.
@@ -243,7 +244,7 @@ def check_key_file(name: str, path: str, mode: int) -> list[Problem]:
     return [Problem(what, path, f"move the line to group_vars/kit/secrets.yml, or chmod 600 {path}")]
 
 
-def check_provider(values: Mapping[str, Any], where: Mapping[str, str], package_is_there: bool) -> list[Problem]:
+def check_provider(values: Mapping[str, Any], where: Mapping[str, str]) -> list[Problem]:
     """The server that Dify asks and the plugin that speaks to it fit together.
 
     ``values`` as a host sees them, ``where`` the places of those that the site sets.
@@ -263,17 +264,9 @@ def check_provider(values: Mapping[str, Any], where: Mapping[str, str], package_
                 what = f"{name} is for a server that the kit doesn't run, but inference_endpoint is kit."
                 remedy = "set inference_endpoint: external to use that server, or delete the line to use the kit's own."
                 problems.append(Problem(what, where[name], remedy))
-    package = values.get("provider_package")
-    official = values.get("provider_plugin") == "official"
-    if package and not official:
-        what = "provider_package is the official plugin's, but provider_plugin is kit."
-        problems.append(
-            Problem(what, where.get("provider_package", ""), "set provider_plugin: official, or delete the line.")
-        )
-    elif package and not package_is_there:
-        what = f"provider_package names {package}, which is not there on this machine."
-        problems.append(Problem(what, where.get("provider_package", ""), "correct the path of the .difypkg."))
-    elif official and not package and not values.get("dify_source_marketplace"):
+    if values.get("provider_plugin") == "official" and not (
+        values.get("provider_package") or values.get("dify_source_marketplace")
+    ):
         what = "provider_plugin is official, but nothing says where the plugin comes from."
         remedy = (
             "one of these:\n- provider_package: the .difypkg of langgenius/openai_api_compatible on this machine\n"
@@ -281,6 +274,47 @@ def check_provider(values: Mapping[str, Any], where: Mapping[str, str], package_
             "- provider_plugin: kit, which needs neither"
         )
         problems.append(Problem(what, where.get("provider_plugin", ""), remedy))
+    return problems
+
+
+def check_package(
+    name: str, file: str, where: str, described: tuple[str, int] | PackageError, wanted: str, most_mb: int
+) -> list[Problem]:
+    """A plugin's package on this machine; `described` is its identity and unpacked size in bytes, or what is wrong.
+
+    `wanted` is the id that it must have, empty for any; `most_mb` what the plugin daemon accepts.
+    """
+    if isinstance(described, PackageError):
+        what, _, remedy = str(described).partition("\nRemedy: ")
+        return [Problem(f"{name}: {what}", where, remedy)]
+    identity, size = described
+    if wanted and not identity.startswith(f"{wanted}:"):
+        return [Problem(f"{name} is {identity}, not {wanted}.", where, f"name the .difypkg of {wanted}.")]
+    if size > most_mb * 2**20:
+        what = f"{name}: {file} is {size / 2**20:.0f} MiB unpacked; the plugin daemon accepts {most_mb}."
+        return [Problem(what, where, f"set plugin_daemon_package_mb: {size // 2**20 + 1}")]
+    return []
+
+
+def check_plugins(plugins: Iterable[Mapping[str, Any]], where: str) -> list[Problem]:
+    """Each of dify_plugins is a file, or an id and a version."""
+    problems: list[Problem] = []
+    ids: set[str] = set()
+    for number, plugin in enumerate(plugins):
+        name, plugin_id = f"dify_plugins[{number}]", plugin.get("id")
+        if set(plugin) not in ({"file"}, {"id", "version"}):
+            remedy = "write {file: /path/x.difypkg}, or {id: org/name, version: 1.2.3}"
+            problems.append(Problem(f"{name} is neither a file nor an id with its version.", where, remedy))
+        elif plugin_id and not PLUGIN_ID.fullmatch(str(plugin_id)):
+            remedy = "write it as on the plugin's page in the marketplace: org/name"
+            problems.append(Problem(f"{name}.id is {_shown(plugin_id)}.", where, remedy))
+        elif plugin_id and not VERSION.fullmatch(str(plugin["version"])):
+            what = f"{name}.version is {_shown(plugin['version'])}."
+            problems.append(Problem(what, where, "write the version of the marketplace, as 1.2.3"))
+        elif plugin_id in ids:
+            problems.append(Problem(f"{name}: {plugin_id} is there twice.", where, "keep one of them."))
+        elif plugin_id:
+            ids.add(str(plugin_id))
     return problems
 
 

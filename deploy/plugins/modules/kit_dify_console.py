@@ -47,6 +47,11 @@ options:
       package: {type: path, description: "Signed package; none: the newest of Dify's marketplace, unless installed."}
       identifier: {type: str, default: "", description: "author/name:version@checksum."}
       install_seconds: {type: int, default: 600, description: "How long its Python packages may take."}
+  plugins:
+    type: list
+    elements: dict
+    default: []
+    description: "More plugins, as C(package) and C(identifier) each; one that leaves the list is uninstalled."
   provider: {type: str, required: true, description: "author/plugin/provider."}
   model:
     type: dict
@@ -149,6 +154,7 @@ class Workspace:
                 return
             raise
         self.plugin()
+        self.plugins()
         self.model(served)
         self.default_model(served.name)
         self.app(served)
@@ -217,15 +223,39 @@ class Workspace:
         self._changed("plugin", installed or "none", wanted or f"{plugin_id}, packaged anew or of the marketplace")
         if self.check:
             return
-        if not package:
+        if package:
+            self._install(package, found)
+        else:
             self.console.install_from_marketplace(plugin_id, self.want["plugin"]["install_seconds"])
-            return
-        # Uploading checks the signature: a package that is refused leaves the installed one in place.
-        identifier = self.console.upload_plugin(Path(package))
-        if found:
-            # The daemon's upgrade knows marketplace and GitHub packages only; Dify's own page does it this way too.
-            self.console.uninstall_plugin(found["id"])
-        self.console.install_plugin(identifier, self.want["plugin"]["install_seconds"])
+
+    def plugins(self) -> None:
+        """Installs the site's other plugins, and takes out those that it has no longer."""
+        wanted = {
+            plugin["identifier"].partition(":")[0]: plugin for plugin in self.want["plugins"] if plugin["identifier"]
+        }
+        if len(wanted) < len(self.want["plugins"]):  # not packaged yet: only in a check
+            self._changed("plugins", "not there", "installed")
+        kept = self.state.get("plugins", [])
+        gone = sorted(set(kept) - set(wanted) - {_plugin(self.want["provider"])})
+        installed = self.console.installed_plugins([*wanted, *gone]) if wanted or gone else {}
+        for plugin_id, plugin in wanted.items():
+            found = installed.get(plugin_id)
+            before = found["plugin_unique_identifier"] if found else "none"
+            if before != plugin["identifier"]:
+                self._changed(f"plugin {plugin_id}", before, plugin["identifier"])
+                if not self.check:
+                    self._install(plugin["package"], found)
+            if plugin_id not in kept:
+                # Noted one by one: what an interrupted run has installed is known to the next one.
+                kept = [*kept, plugin_id]
+                self._remember(plugins=kept)
+        for plugin_id in gone:
+            if plugin_id in installed:
+                before = str(installed[plugin_id]["plugin_unique_identifier"])
+                self._changed(f"plugin {plugin_id}", before, "gone: no longer in dify_plugins")
+                if not self.check:
+                    self.console.uninstall_plugin(installed[plugin_id]["id"])
+        self._remember(plugins=sorted(wanted) or None)
 
     def model(self, served: Served) -> None:
         """Registers the model and proves that Dify offers it."""
@@ -373,6 +403,14 @@ class Workspace:
         entry = entry_from_dict({"dest": str(path), "env": {"DIFY_APP_KEY": kept}, "secret": True}, path.parent)
         apply(entry, base=path.parent, check=self.check)
 
+    def _install(self, package: str, found: dict[str, Any] | None) -> None:
+        # Uploading checks the signature: a package that is refused leaves the installed one in place.
+        identifier = self.console.upload_plugin(Path(package))
+        if found:
+            # The daemon's upgrade knows marketplace and GitHub packages only; Dify's own page does it this way too.
+            self.console.uninstall_plugin(found["id"])
+        self.console.install_plugin(identifier, self.want["plugin"]["install_seconds"])
+
     # --- small parts --------------------------------------------------------------------------------------------------
     @staticmethod
     def _seen(shown: Any) -> str:
@@ -453,6 +491,12 @@ def main() -> None:
                     "identifier": {"type": "str", "default": ""},
                     "install_seconds": {"type": "int", "default": 600},
                 },
+            },
+            "plugins": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {"package": {"type": "path"}, "identifier": {"type": "str", "default": ""}},
             },
             "provider": text,
             "model": {
