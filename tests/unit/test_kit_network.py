@@ -12,10 +12,13 @@ def test_without_a_proxy_only_certificates() -> None:
 
 
 def test_this_host_is_never_behind_the_proxy() -> None:
-    env = kit_network.environment("/ca.pem", "", "http://proxy:3128", "10.0.0.0/8, localhost", ["0.0.0.0", "10.1.2.3"])
+    env = kit_network.environment(
+        "/ca.pem", "", "http://proxy:3128", "10.0.0.0/8, localhost", ["0.0.0.0", "10.1.2.3", ""]
+    )
     assert env["HTTPS_PROXY"] == env["https_proxy"] == "http://proxy:3128"
     assert "HTTP_PROXY" not in env
-    assert env["NO_PROXY"] == env["no_proxy"] == "10.0.0.0/8,localhost,127.0.0.1,::1,10.1.2.3"
+    assert env["NO_PROXY"] == env["no_proxy"] == "10.0.0.0/8,localhost,127.0.0.1,10.1.2.3"
+    assert kit_network.environment("/ca.pem", "", "http://proxy", "", ["::"])["no_proxy"].endswith(",::1")
 
 
 def test_mirrors_reach_the_tools() -> None:

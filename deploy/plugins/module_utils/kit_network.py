@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 Env = dict[str, str]
 
-#: This very host; no proxy is asked for it, whatever a site says.
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: This very host; no proxy is asked for it, whatever a site says. ::1 only where something listens there: plugins with
+#: an httpx before 0.25 fail at every request when the list has an IPv6 address.
+LOOPBACK = ("127.0.0.1", "localhost")
 #: By what each family of programs is told where the root certificates are: OpenSSL, Go, uv and httpx; requests; curl;
 #: Node; git; pip; boto; gRPC.
 CA_NAMES = (
@@ -44,7 +45,7 @@ def environment(
             env |= {name: address, name.upper(): address}
     if http_proxy or https_proxy:
         named = [part.strip() for part in no_proxy.split(",")]
-        direct = [*named, *LOOPBACK, *(address for address in own if address not in ("0.0.0.0", "::"))]
+        direct = [*named, *LOOPBACK, *({"0.0.0.0": "", "::": "::1"}.get(address, address) for address in own)]
         value = ",".join(dict.fromkeys(filter(None, direct)))
         env |= {"no_proxy": value, "NO_PROXY": value}
     return env
