@@ -286,6 +286,7 @@ def test_listens_on_loopback_only_unless_asked(gateway: Gateway, home: Home) -> 
     everywhere = Gateway(home, gateway_bind="0.0.0.0")
     assert "bind 0.0.0.0\n" in everywhere.file.read_text()
     assert everywhere.validate().returncode == 0
+    assert Gateway(home, gateway_bind="::").validate().returncode == 0
 
 
 def test_without_dify_says_so(home: Home) -> None:
