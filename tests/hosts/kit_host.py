@@ -38,7 +38,7 @@ class KitHost:
         self.ports = {
             name.replace("_", "-"): int(port)
             for name, port in facts["ports"].items()
-            if any(name.replace("_", "-").startswith(service) for service in self.services)
+            if port and any(name.replace("_", "-").startswith(service) for service in self.services)
         }
         # As this host itself reaches the gateway: the public address may not be routed from here.
         self.url = f"http://127.0.0.1:{self.ports['gateway']}"

@@ -14,7 +14,9 @@ import os
 import re
 import shlex
 import shutil
+import smtplib
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -475,6 +477,40 @@ def agent_command(home: str, port: int, script: str) -> dict[str, Any]:
     if job := said.get("job_id"):
         Http("DELETE", f"{root}/{job}?force=true", token).text()
     return {"stranger": stranger, "status": answer.status, "output": said.get("output", text[:500])}
+
+
+def certificate(home: str, port: int, name: str) -> str:
+    """What the gateway shows to browsers that look for this name, as PEM."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # who signed it is for browsers to judge
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=name) as shown,
+    ):
+        return ssl.DER_cert_to_PEM_cert(shown.getpeercert(binary_form=True) or b"")
+
+
+def mail(home: str) -> str:
+    """Why Dify could not send mail, empty where its server takes the login; asked the way that Dify does."""
+    known = env(home, "api")
+    if known.get("MAIL_TYPE") != "smtp":
+        return ""
+    tls, opportunistic = known["SMTP_USE_TLS"] == "true", known["SMTP_OPPORTUNISTIC_TLS"] == "true"
+    kind = smtplib.SMTP_SSL if tls and not opportunistic else smtplib.SMTP
+    where = f"{known['SMTP_SERVER']}, port {known['SMTP_PORT']}"
+    try:
+        with kind(known["SMTP_SERVER"], int(known["SMTP_PORT"]), timeout=10) as server:
+            if tls and opportunistic:
+                server.starttls()
+            if known["SMTP_USERNAME"]:
+                server.login(known["SMTP_USERNAME"], known["SMTP_PASSWORD"])
+            else:
+                server.ehlo()
+    except smtplib.SMTPAuthenticationError as error:
+        return f"{where} refuses the login of {known['SMTP_USERNAME']} ({error.smtp_code})"
+    except (OSError, smtplib.SMTPException) as error:
+        return f"{where}: {error}"
+    return ""
 
 
 def model(home: str, port: int, name: str, question: str) -> dict[str, Any]:

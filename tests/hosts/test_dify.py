@@ -1,9 +1,13 @@
 """Dify answers: page, queues, plugin and the sample app, in one piece and streamed."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from cryptography import x509
+from module_utils import kit_certificate
 from module_utils.kit_dify import WORKFLOW_QUEUES
 
 from tests.hosts.kit_host import KitHost
@@ -23,6 +27,25 @@ def test_gateway_serves_the_page(kit: KitHost) -> None:
     assert answer["script_status"] == 200, (
         f"the page's script {answer['script']} said {answer['script_status']}: static files are missing"
     )
+
+
+def test_browsers_are_shown_a_certificate_of_the_site(kit: KitHost) -> None:
+    if "gateway-https" not in kit.ports:
+        return  # gateway_tls: none
+    host = urlsplit(kit.facts["url"]).hostname or ""
+    shown = x509.load_pem_x509_certificate(
+        kit.probe("certificate", port=kit.ports["gateway-https"], name=host).encode()
+    )
+    assert kit_certificate.covers(kit_certificate.names(shown), host), f"the certificate is not for {host}"
+    left = shown.not_valid_after_utc - datetime.now(UTC)
+    assert left > timedelta(0), f"the certificate ended on {shown.not_valid_after_utc}. Renew it, then `make deploy`."
+
+
+@pytest.mark.deep
+@pytest.mark.service("api")
+def test_mail_can_be_sent(kit: KitHost) -> None:
+    problem = kit.probe("mail")
+    assert not problem, f"Dify cannot send mail: {problem}. Mend dify_source_mail, then `make deploy`."
 
 
 @pytest.mark.deep

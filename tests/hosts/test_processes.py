@@ -57,7 +57,8 @@ def test_only_this_host_reaches_the_listeners(kit: KitHost) -> None:
     missing = {name: port for name, port in kit.ports.items() if port not in {entry["port"] for entry in found}}
     assert not missing, f"nobody listens for {missing}. Read `make status`."
     # What the site itself has opened: gateway_bind, inference_bind.
-    opened = {(address, kit.ports[name]) for name, address in kit.facts["binds"].items() if name in kit.ports}
+    binds = {name.replace("_", "-"): address.replace("::", "0.0.0.0") for name, address in kit.facts["binds"].items()}
+    opened = {(address, kit.ports[name]) for name, address in binds.items() if name in kit.ports}
     names = {program.pid: name for name, program in kit.supervised.items()}
     public = [
         f"{entry['address']}:{entry['port']} (pid {entry['pid']}, {names.get(entry['pid'], 'a child')})"

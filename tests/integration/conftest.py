@@ -48,6 +48,13 @@ def missing(asked: dict[str, set[str]], text: str) -> list[str]:
     ]
 
 
+def self_signed(certificate: Path, key: Path, name: str) -> None:
+    """A certificate for ``DNS:<host>`` or ``IP:<address>`` that signs itself, and its key."""
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "3"]
+    make += ["-subj", "/CN=kit", "-addext", f"subjectAltName={name}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+
+
 class Home:
     """A kit home of a test; everything started in it is stopped at the end."""
 

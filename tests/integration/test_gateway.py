@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dashboard
 import pytest
 import yaml
+from ansible.module_utils import kit_gateway
 from jinja2 import Environment
 
 from .conftest import REPO, Home, missing
@@ -133,7 +135,8 @@ class Gateway:
 def render(variables: dict[str, Any]) -> str:
     """As ansible.builtin.template: trim_blocks, and the filters that the template uses."""
     environment = Environment(trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"bool": bool, "unique": lambda values: list(dict.fromkeys(values))}
+    environment.filters |= {"bool": bool, "kit_listen": kit_gateway.listen}
+    variables |= {"gateway_host": urlsplit(variables["gateway_public_url"]).hostname}
     return environment.from_string((ROLE / "templates/Caddyfile.j2").read_text()).render(variables)
 
 
@@ -285,6 +288,7 @@ def test_listens_on_loopback_only_unless_asked(gateway: Gateway, home: Home) -> 
     everywhere = Gateway(home, gateway_bind="0.0.0.0")
     assert "bind 0.0.0.0\n" in everywhere.file.read_text()
     assert everywhere.validate().returncode == 0
+    assert Gateway(home, gateway_bind="::").validate().returncode == 0
 
 
 def test_without_dify_says_so(home: Home) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import jinja2
 import plugin_package
 import pytest
+from module_utils import kit_network
 
 from tests.integration.conftest import python312
 
@@ -33,6 +34,8 @@ NETWORK = {
     "https_proxy": "http://proxy:3128",
     "NO_PROXY": "127.0.0.1",
     "SSL_CERT_FILE": "/ca",
+    "CURL_CA_BUNDLE": "/ca",
+    "MAX_REQUEST_TIMEOUT": "900",
     "INSTALL_METHOD": "local",
 }
 
@@ -58,9 +61,11 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Wrapper:
             "kit_user_home": str(home),
             "kit_cache": str(cache or home / "cache"),
             "kit_ca_bundle": os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"),
-            "kit_pypi_index": index,
+            "kit_mirror": {"pypi": index},
         }
-        script.write_text(jinja2.Environment(trim_blocks=True).from_string(template).render(values))
+        templates = jinja2.Environment(trim_blocks=True)
+        templates.filters["kit_certificates_env"] = kit_network.certificates
+        script.write_text(templates.from_string(template).render(values))
         script.chmod(0o755)
         return script
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.integration.conftest import self_signed
+
 ROOT = Path(__file__).resolve().parents[2]
 # Made by a deploy that root runs, so it must not exist before or after.
 USER = "kit-not-yet"
@@ -136,6 +138,32 @@ def test_all_static_problems_at_once(site: Site) -> None:
         "dify_mode": "compose",
     }
     assert "4 problems. No host was touched" in refused(site)
+
+
+def test_a_certificate_for_another_name_and_settings_that_contradict(site: Site) -> None:
+    certificate, key = site.folder / "c.pem", site.folder / "k.pem"
+    self_signed(certificate, key, "DNS:other.example.com")
+    key.chmod(0o644)
+    site.settings |= {
+        "gateway_tls": "files",
+        "gateway_tls_certificate": str(certificate),
+        "gateway_tls_key": str(key),
+        "dify_public_url": "https://dify.example.com",
+        "dify_source_env": {
+            "UPLOAD_FILE_SIZE_LIMITS": 50,
+            "ENDPOINT_URL_TEMPLATE": "http://dify.example.com/e/{hook_id}",
+        },
+        "dify_source_mail": {"server": "smtp.example.com", "from": "dify@example.com", "user": "dify"},
+    }
+    message = refused(site)
+    assert "5 problems. No host was touched" in message
+    assert "not for dify.example.com, the host of dify_public_url: it is for other.example.com" in message
+    assert f"chmod 600 {key}" in message
+    assert "did you mean UPLOAD_FILE_SIZE_LIMIT?" in message
+    assert "browsers block the mixture" in message
+    assert "dify_source_mail_password is empty" in message
+    site.settings["dify_public_url"] = "http://dify.example.com"
+    assert "gateway_tls is files, but dify_public_url is http://dify.example.com" in refused(site)
 
 
 def test_secrets_that_others_may_read(site: Site) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils import kit_dify
+from ansible.module_utils import kit_dify, kit_network
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ENV_KEYS: dict[str, list[str]] = yaml.safe_load((DEPLOY / "releases/env-keys/1.16.0.yml").read_text())
@@ -30,10 +30,7 @@ AGENT = {
 }
 COMMON: dict[str, Any] = {
     "home": "/h",
-    "ca_bundle": "/ca.pem",
-    "http_proxy": "",
-    "https_proxy": "",
-    "no_proxy": "",
+    "network": kit_network.environment("/ca.pem"),
     "postgres": POSTGRES,
     "redis": REDIS,
     "inner_api_key": "inner-secret",
@@ -57,6 +54,9 @@ def dify(**changes: Any) -> dict[str, Any]:
         "sizing": dataclasses.asdict(kit_dify.size(2, 24_000)),
         "agent": AGENT,
         "marketplace": False,
+        "upload_mb": 0,
+        "mail": {},
+        "mail_password": "",
     }
     return COMMON | own | changes
 
@@ -64,6 +64,7 @@ def dify(**changes: Any) -> dict[str, Any]:
 def daemon(**changes: Any) -> dict[str, Any]:
     own = {
         "pypi_index": "",
+        "limits": dataclasses.asdict(kit_dify.limits(0)),
         "port": 3,
         "debug_port": 4,
         "key": "daemon-secret",
@@ -92,9 +93,46 @@ def test_api_and_daemon_agree(of_api: str, of_daemon: str) -> None:
     assert kit_dify.api_env(dify())[of_api] == kit_dify.daemon_env(daemon())[of_daemon]
 
 
-def test_one_timeout_reaches_browser_and_plugin() -> None:
+def test_one_timeout_reaches_browser_plugin_and_the_call_of_the_model() -> None:
     assert kit_dify.web_env(dify())["TEXT_GENERATION_TIMEOUT_MS"] == 900_000
-    assert kit_dify.daemon_env(daemon())["DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT"] == 900_000
+    env = kit_dify.daemon_env(daemon())
+    assert env["DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT"] == 900_000
+    # Read by plugins, which inherit the daemon's environment (dify_plugin/config/config.py).
+    assert env["MAX_REQUEST_TIMEOUT"] == env["MAX_INVOCATION_TIMEOUT"] == 900
+
+
+@pytest.mark.parametrize(
+    ("upload_mb", "env", "body", "line"),
+    [
+        (0, {}, 100, 64),
+        (0, {"UPLOAD_VIDEO_FILE_SIZE_LIMIT": "300"}, 300, 64),
+        (20, {}, 20, 64),
+        (200, {}, 200, 274),
+        (20, {"UPLOAD_IMAGE_FILE_SIZE_LIMIT": 90}, 90, 128),
+    ],
+)
+def test_one_limit_for_gateway_api_and_daemon(upload_mb: int, env: dict[str, Any], body: int, line: int) -> None:
+    found = kit_dify.limits(upload_mb, env)
+    assert (found.body, found.line) == (body, line)
+    api = kit_dify.api_env(dify(upload_mb=upload_mb, env=env))
+    for name in kit_dify.UPLOAD_LIMITS:
+        assert api.get(name, 0) == env.get(name, upload_mb)
+        assert int(api.get(name, kit_dify.UPLOAD_LIMITS[name])) <= body
+    its = kit_dify.daemon_env(daemon(limits=dataclasses.asdict(found)))
+    assert api["PLUGIN_MAX_PACKAGE_SIZE"] == its["MAX_PLUGIN_PACKAGE_SIZE"] == 300 << 20  # a variable of its own
+    assert its["PLUGIN_STDIO_MAX_BUFFER_SIZE"] == line << 20
+
+
+@pytest.mark.parametrize(
+    ("security", "port", "expected"),
+    [(None, None, (587, True, True)), ("tls", None, (465, True, False)), ("none", 2525, (2525, False, False))],
+)
+def test_mail(security: str | None, port: int | None, expected: tuple[int, bool, bool]) -> None:
+    mail = {"server": "smtp.example.com", "from": "Dify <dify@example.com>", "security": security, "port": port}
+    env = kit_dify.api_env(dify(mail={key: value for key, value in mail.items() if value}, mail_password="word"))
+    assert (env["MAIL_TYPE"], env["MAIL_DEFAULT_SEND_FROM"]) == ("smtp", "Dify <dify@example.com>")
+    assert (env["SMTP_PORT"], env["SMTP_USE_TLS"], env["SMTP_OPPORTUNISTIC_TLS"]) == expected
+    assert "MAIL_TYPE" not in kit_dify.api_env(dify())
 
 
 @pytest.mark.parametrize("layout", ["full", "lean"])
@@ -107,13 +145,14 @@ def test_people_edit_together_where_sockets_have_their_own_process(layout: str) 
 @pytest.mark.parametrize("make", [kit_dify.api_env, kit_dify.web_env])
 def test_every_setting_of_dify_is_one_that_the_release_reads(make: Any) -> None:
     known = {key for keys in ENV_KEYS.values() for key in keys}
-    system = {"FLASK_APP", "PYTHONDONTWRITEBYTECODE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "TIKTOKEN_CACHE_DIR"}
+    system = {"FLASK_APP", "PYTHONDONTWRITEBYTECODE", "TIKTOKEN_CACHE_DIR", *kit_network.CA_NAMES}
     system |= {"NODE_ENV", "HOSTNAME", "SCARF_NO_ANALYTICS", "CREATORS_PLATFORM_FEATURES_ENABLED"}
     assert set(make(dify())) - known - system == set()
 
 
 def test_every_setting_of_the_daemon_is_one_that_it_reads() -> None:
-    system = {"GIN_MODE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
+    # Plugins read two of them.
+    system = {"GIN_MODE", "MAX_REQUEST_TIMEOUT", "MAX_INVOCATION_TIMEOUT", *kit_network.CA_NAMES}
     env = kit_dify.daemon_env(daemon(pypi_index="https://mirror/simple"))
     assert set(env) - set(ENV_KEYS["plugin_daemon"]) - system == set()
 
@@ -157,11 +196,14 @@ def test_a_public_url_is_in_every_address_that_browsers_see() -> None:
     assert env["ENDPOINT_URL_TEMPLATE"] == "https://dify.example.com/e/{hook_id}"
 
 
-def test_the_hosts_own_services_are_never_behind_the_proxy() -> None:
-    env = kit_dify.api_env(dify(https_proxy="http://proxy:3128", no_proxy="10.0.0.0/8"))
-    assert env["HTTPS_PROXY"] == env["https_proxy"] == "http://proxy:3128"
-    assert env["NO_PROXY"].split(",") == ["10.0.0.0/8", "127.0.0.1", "localhost"]
-    assert "NO_PROXY" not in kit_dify.api_env(dify())
+def test_proxies_and_certificates_reach_every_process() -> None:
+    network = kit_network.environment("/ca.pem", "", "http://proxy:3128")
+    for env in (
+        kit_dify.api_env(dify(network=network)),
+        kit_dify.web_env(dify(network=network)),
+        kit_dify.daemon_env(daemon(network=network)),
+    ):
+        assert network.items() <= env.items()
 
 
 def test_a_mirror_goes_before_lockfiles() -> None:
@@ -201,10 +243,12 @@ def test_a_sites_setting_wins_and_reaches_only_who_reads_it() -> None:
 
 
 def test_all_problems_of_a_sites_settings_are_named_at_once() -> None:
+    env = {"UPLOAD_FILE_SIZE_LIMITS": 1, "SECRET_KEY": "x", "LOG_LEVEL": ["DEBUG"], "UPLOAD_FILE_SIZE_LIMIT": "2G"}
     with pytest.raises(kit_dify.SettingsProblem) as error:
-        kit_dify.api_env(dify(env={"UPLOAD_FILE_SIZE_LIMITS": 1, "SECRET_KEY": "x", "LOG_LEVEL": ["DEBUG"]}))
+        kit_dify.api_env(dify(env=env))
     lines = str(error.value).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
+    assert "UPLOAD_FILE_SIZE_LIMIT: is no size" in lines[3]
     assert "did you mean UPLOAD_FILE_SIZE_LIMIT?" in lines[0]
     assert "set dify_source_secret_key instead" in lines[1]
     assert "LOG_LEVEL" in lines[2]

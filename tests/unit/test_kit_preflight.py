@@ -20,10 +20,13 @@ from typing import Any
 
 import pytest
 from ansible.module_utils import kit_preflight
+from ansible.module_utils.kit_mirrors import Mirrors
 from ansible.module_utils.kit_preflight import Account, Answer, Findings, Part, Source
 
 ME = pwd.getpwuid(os.getuid())
 ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": ME.pw_dir, "GIT_CONFIG_GLOBAL": "/dev/null"}
+NAMED: dict[str, Any] = {"mode": "named", "named": {}, "recorded": {}, "kinds": [], "known": {}}
+NO_MIRRORS = Mirrors(NAMED, {})
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can look at what another user may do")
 
 
@@ -120,6 +123,26 @@ def test_the_suggested_ports_are_free() -> None:
     assert kit_preflight.free_port_base(range(8), taken.__contains__, 17800) == 18100
 
 
+def test_low_ports_are_refused_with_each_way_to_have_them(findings: Findings, tmp_path: Path) -> None:
+    limit = tmp_path / "limit"
+    limit.write_text("1024\n")
+    ports = {"gateway_port": 80, "gateway_https_port": 443, "postgres_port": 17805}
+    kit_preflight.check_low_ports(findings, ports, str(tmp_path), str(limit))
+    assert [problem.where for problem in findings.problems] == ["gateway_port", "gateway_https_port"]
+    remedy = findings.problems[1].remedy
+    assert "ip_unprivileged_port_start=80" in remedy
+    assert "--dport 443 -j REDIRECT --to-ports 17818" in remedy
+    assert f"setcap cap_net_bind_service=+ep $(readlink -f {tmp_path}/runtime/bin/caddy)" in remedy
+    limit.write_text("80\n")
+    kit_preflight.check_low_ports(findings, ports, str(tmp_path), str(limit))
+    assert len(findings.problems) == 2
+
+
+def test_an_address_that_is_not_the_hosts(findings: Findings) -> None:
+    kit_preflight.check_binds(findings, {"inference_bind": "127.0.0.1", "gateway_bind": "192.0.2.7"})
+    assert "gateway_bind is 192.0.2.7" in only(findings).what
+
+
 # --- sources --------------------------------------------------------------------------------------
 
 
@@ -178,7 +201,7 @@ def test_a_registry_behind_the_builds_proxy(registry: Any) -> None:
 
 def test_a_source_that_does_not_answer(findings: Findings, me: Account) -> None:
     part = Part("API", ["/nowhere/*"], sources=["PyPI"])
-    kit_preflight.check_sources(findings, [part], [http_source("http://127.0.0.1:1/page")], me, ENVIRONMENT)
+    kit_preflight.check_sources(findings, [part], [http_source("http://127.0.0.1:1/page")], me, ENVIRONMENT, NO_MIRRORS)
     problem = only(findings)
     assert problem.what == "PyPI cannot be used: Connection refused. Needed for: API."
     assert problem.where == "http://127.0.0.1:1/page"
@@ -193,7 +216,7 @@ def test_only_what_missing_parts_need_is_asked(registry: Any, findings: Findings
     ]
     missing = [part for part in parts if part.missing]
     sources = [http_source(f"{registry.url}/npm/page", "npm"), http_source(f"{registry.url}/pypi/page", "PyPI")]
-    kit_preflight.check_sources(findings, missing, sources, me, ENVIRONMENT)
+    kit_preflight.check_sources(findings, missing, sources, me, ENVIRONMENT, NO_MIRRORS)
     assert registry.asked == ["/pypi/page"]
     assert findings.problems == []
 
@@ -201,16 +224,16 @@ def test_only_what_missing_parts_need_is_asked(registry: Any, findings: Findings
 def test_one_of_several_addresses_will_do(registry: Any, findings: Findings, me: Account, tmp_path: Path) -> None:
     part = Part("model weights", ["/nowhere"], sources=["PyPI"])
     source = replace(http_source("http://127.0.0.1:1/hub"), others=[f"{registry.url}/page", "http://127.0.0.1:1/never"])
-    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT)
+    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT, NO_MIRRORS)
     assert findings.problems == []
     file = tmp_path / "config.json"
     source = replace(source, others=[str(file)])
-    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT)
+    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT, NO_MIRRORS)
     assert "none of its 2 addresses will do (http://127.0.0.1:1/hub: Connection refused; " in only(findings).what
     assert f"{file}: {me.name} cannot read that file" in only(findings).what
     file.touch()
     findings.problems.clear()
-    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT)
+    kit_preflight.check_sources(findings, [part], [source], me, ENVIRONMENT, NO_MIRRORS)
     assert findings.problems == []
 
 
@@ -631,6 +654,8 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
         "parts": [],
         "sources": [],
         "agent_runtime": False,
+        "mirrors": NAMED,
+        "binds": {"gateway_bind": "127.0.0.1"},
     }
     return {**given, **changes}
 
@@ -655,7 +680,7 @@ def test_what_agents_commands_lack_comes_with_its_remedy(
 def test_a_sound_host_has_no_problem(tmp_path: Path) -> None:
     found, known = kit_preflight.examine(parameters(tmp_path), ME.pw_name)
     assert found.problems == []
-    assert known == {"has_data": False, "agent_runtime_lacks": ""}
+    assert known == {"has_data": False, "agent_runtime_lacks": "", "mirrors": {}}
 
 
 def test_everything_that_is_wrong_comes_at_once(tmp_path: Path, listener: socket.socket) -> None:

@@ -20,7 +20,8 @@ SPECS: dict[str, Any] = {
     "postgres_port": {"type": "int"},
     "postgres_databases": {"type": "list", "elements": "str"},
     "dify_source_verify": {"type": "str", "choices": ["strict", "warn"]},
-    "gateway_tls": {"type": "bool"},
+    "gateway_dify": {"type": "bool"},
+    "gateway_acme_directory": {"type": "str"},
     "runtime_tools": {"type": "list", "elements": "str", "choices": ["go", "node"]},
     "role_database": {"type": "dict", "options": {"host": {"type": "str", "required": True}, "port": {"type": "int"}}},
 }
@@ -46,7 +47,7 @@ def problems(name: str, value: Any, **attributes: Any) -> list[kit_report.Proble
         ("kit_no_proxy", "localhost,.example.com"),
         ("kit_go_proxy", "https://goproxy.cn,direct"),
         ("kit_home", "/srv/dify-kit_2/home"),
-        ("gateway_tls", False),
+        ("gateway_dify", False),
         ("postgres_databases", ["dify"]),
         ("runtime_tools", ["node", "go"]),
         ("role_database", {"host": "db", "port": 5432}),
@@ -71,11 +72,13 @@ def test_sound_values_pass(name: str, value: Any) -> None:
         ("kit_port_base", 70000, "70000, which is no port", "1024"),
         ("kit_port_base", 80, "80, which only root may listen on", "1024"),
         ("postgres_port", 443, "443, which only root", "1024"),
+        ("gateway_acme_directory", "acme.example.com/dir", "without http://", "https://acme.example.com/dir"),
+        ("kit_git_mirror", "git.example.com", "without http://", "https://git.example.com"),
         ("dify_release", 1.16, "dify_release must be text, but it is 1.16", "put it in quotes"),
         ("dify_mode", "sorce", "'sorce', which is none of its values", "did you mean source"),
         ("dify_mode", "compose", "compose is not available yet", "source"),
         ("dify_source_verify", "off", "none of its values", "choose one of strict, warn"),
-        ("gateway_tls", "no", "gateway_tls must be true or false", "without quotes"),
+        ("gateway_dify", "no", "gateway_dify must be true or false", "without quotes"),
         ("postgres_databases", "dify", "must be a list, but it is 'dify'", "[a, b]"),
         ("runtime_tools", ["nod"], "runtime_tools[0] is 'nod', which is none of its values", "did you mean node"),
         ("postgres_databases", [1], "postgres_databases[0] must be text", "quotes"),
@@ -106,7 +109,7 @@ def test_one_message_with_its_remedy(name: str, value: Any, what: str, remedy: s
 
 
 def test_the_command_line_gives_text_for_everything() -> None:
-    assert problems("gateway_tls", "true", from_command_line=True) == []
+    assert problems("gateway_dify", "true", from_command_line=True) == []
     (found,) = problems("postgres_databases", "dify", from_command_line=True)
     assert """-e '{"postgres_databases": [...]}'""" in found.remedy
 
@@ -250,7 +253,7 @@ def test_a_key_has_its_place(name: str) -> None:
     assert "every user of this machine" in problem.what
     assert "secrets.yml" in problem.remedy
     (problem,) = found("sk-1\n")
-    assert "HTTP cannot send" in problem.what
+    assert "cannot be sent" in problem.what
     assert "sk-1" not in problem.what
     assert kit_validate.check_key_file(name, "settings.yml", 0o100600) == []
     (problem,) = kit_validate.check_key_file(name, "settings.yml", 0o100644)
@@ -336,3 +339,46 @@ def test_model_and_source_of_its_weights(model: str, source: str, more: dict[str
     values = {"inference_model": model, "inference_weights_source": source, **more}
     problems = kit_validate.check_model(values, {}, CATALOG)
     assert [expected in problem.what and bool(problem.remedy) for problem in problems] == [True] * bool(expected)
+
+
+# --- mail ------------------------------------------------------------------------------------------
+
+MAIL = {"server": "smtp.example.com", "from": "Dify <dify@example.com>", "user": "dify"}
+
+
+def test_mail_as_it_should_be() -> None:
+    assert kit_validate.check_mail(MAIL, "word", WHERE) == []
+    assert kit_validate.check_mail({"server": "10.0.0.25", "from": "d@example.com"}, "", WHERE) == []
+    assert kit_validate.check_mail({}, "", WHERE) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "password", "what", "remedy"),
+    [
+        (
+            {"server": "smtp.example.com:587"},
+            "word",
+            "is 'smtp.example.com:587', which is no host",
+            "write smtp",
+        ),
+        ({"server": "smtps://smtp.example.com"}, "word", "no host name", "write smtp"),
+        ({"from": "dify"}, "word", "from is 'dify', which is no e-mail address", "name@host"),
+        ({"port": 70000}, "word", "port is 70000", "65535"),
+        ({"port": 465}, "word", "security starttls at port 465, where servers expect tls", "security: tls"),
+        ({"port": 587, "security": "tls"}, "word", "security tls at port 587", "security: starttls"),
+        ({}, "", "dify_source_mail_password is empty", "secrets.yml"),
+        ({"user": ""}, "word", "user is missing", "add user"),
+        ({"security": "none"}, "word", "sent readable", "starttls or tls"),
+    ],
+)
+def test_one_message_for_each_mistake_about_mail(
+    changes: dict[str, Any], password: str, what: str, remedy: str
+) -> None:
+    (found,) = kit_validate.check_mail({**MAIL, **changes}, password, WHERE)
+    assert what in found.what
+    assert remedy in found.remedy
+
+
+def test_a_mail_password_without_a_server() -> None:
+    (found,) = kit_validate.check_mail({}, "word", WHERE)
+    assert "dify_source_mail is empty" in found.what

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ansible.module_utils
 from ansible.errors import AnsibleActionFail, AnsibleError
@@ -15,6 +17,7 @@ from ansible.plugins.action import ActionBase
 
 # Ansible finds the kit's module_utils for modules only; an action plugin is imported as it is.
 ansible.module_utils.__path__.append(str(Path(__file__).parents[1] / "module_utils"))
+from ansible.module_utils import kit_certificate, kit_dify, kit_gateway
 from ansible.module_utils import kit_validate as rules
 from ansible.module_utils.kit_plugin import PackageError, describe
 from ansible.module_utils.kit_release import open_advisories, validate_release
@@ -60,6 +63,7 @@ class ActionModule(ActionBase):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
+        self._notices: list[str] = []
         variables = task_vars or {}
         deploy = Path(variables["playbook_dir"])
         hosts = list(variables["groups"].get("kit", []))
@@ -79,7 +83,7 @@ class ActionModule(ActionBase):
                     problems.append(problem)
         if problems:
             raise AnsibleActionFail(render(problems, ASSURANCE))
-        return {"changed": False}
+        return {"changed": False, "kit_notice": self._notices}
 
     # --- what the site sets -----------------------------------------------------------------------
     def _settings(self, variables: Mapping[str, Any], hosts: list[str]) -> Iterator[rules.Setting]:
@@ -181,6 +185,13 @@ class ActionModule(ActionBase):
             catalog = {path.stem: self._mapping(str(path)) for path in files}
             chosen = {name: value(name) or specs[name].get("default") for name in names}
             yield from rules.check_model(chosen, where, catalog)
+        yield from self._check_gateway(value, where, broken)
+        if value("dify_mode") == "source" and not broken & {"dify_source_env", "plugin_daemon_env", "dify_release"}:
+            yield from self._check_env(value, where, deploy)
+        if not broken & {"dify_source_mail", "dify_source_mail_password"}:
+            place = where.get("dify_source_mail", where.get("dify_source_mail_password", "dify_source_mail"))
+            password = value("dify_source_mail_password")
+            yield from rules.check_mail(value("dify_source_mail") or {}, str(password or ""), place)
         home, cache = value("kit_home"), value("kit_cache")
         if home and cache and not broken & {"kit_home", "kit_cache", "kit_user_home"}:
             yield from rules.check_folders(home, cache, where.get("kit_home") or where.get("kit_cache") or "kit_home")
@@ -204,6 +215,49 @@ class ActionModule(ActionBase):
             yield from rules.check_package(
                 name, str(file), there, described, wanted, int(value("plugin_daemon_package_mb") or 300)
             )
+
+    def _check_gateway(self, value: Any, where: Mapping[str, str], broken: set[str]) -> Iterator[Problem]:
+        """How people reach the site, and the certificate that they are shown."""
+        defaults: dict[str, Any] = {"gateway_bind": "127.0.0.1", "inference_bind": "127.0.0.1", "gateway_tls": "none"}
+        defaults |= {"gateway_trusted_proxies": [], "dify_public_url": ""}
+        defaults |= {"gateway_tls_certificate": "", "gateway_tls_key": ""}
+        if broken & set(defaults):
+            return
+        # A role's defaults are not to be seen from here; the empty text is a value.
+        values = {name: default if value(name) is None else value(name) for name, default in defaults.items()}
+        problems = kit_gateway.check(values, where)
+        yield from problems
+        if problems or values["gateway_tls"] != "files":
+            return
+        content = []
+        for name in ("gateway_tls_certificate", "gateway_tls_key"):
+            path = Path(values[name])
+            try:
+                content.append(path.read_bytes())
+            except OSError as error:
+                what = f"{name} names {path}, which cannot be read: {error.strerror}."
+                yield Problem(what, where[name], "correct the path; the file is on the machine that deploys.")
+                continue
+            if name == "gateway_tls_key":
+                yield from rules.check_mode_bits(str(path), path.stat().st_mode)
+        if len(content) == 2:
+            host = urlsplit(values["dify_public_url"]).hostname or ""
+            files = (values["gateway_tls_certificate"], values["gateway_tls_key"])
+            found, notices = kit_certificate.examine(*content, host, datetime.now(UTC), files)
+            yield from found
+            self._notices += [notice for notice in notices if notice not in self._notices]
+
+    def _check_env(self, value: Any, where: Mapping[str, str], deploy: Path) -> Iterator[Problem]:
+        """Dify's own settings: known to the release, not the kit's to set, and of the site's scheme."""
+        file = deploy / "releases" / "env-keys" / f"{value('dify_release')}.yml"
+        keys = self._mapping(str(file)) if file.is_file() else {}
+        own = {"dify_source_env": ("api", "web"), "plugin_daemon_env": ("plugin_daemon",)}
+        for name, components in own.items():
+            settings = value(name) or {}
+            for line in kit_dify.own_settings(name, settings, keys, components) if keys else []:
+                what, _, remedy = line.partition(" Remedy: ")
+                yield Problem(what, where.get(name, name), remedy)
+            yield from kit_gateway.check_env_schemes(value("dify_public_url") or "", settings, where.get(name, name))
 
     def _check_release(self, release: str, value: Any, where: Mapping[str, str], deploy: Path) -> Iterator[Problem]:
         place = where.get("dify_release", "dify_release in deploy/group_vars/all.yml")

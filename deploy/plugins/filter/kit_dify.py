@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ansible.module_utils
+import yaml
 from ansible.errors import AnsibleFilterError
 
 # Ansible finds the kit's module_utils for modules only; a filter is imported as it is.
 ansible.module_utils.__path__.append(str(Path(__file__).parents[1] / "module_utils"))
-from ansible.module_utils import kit_build, kit_dify
+from ansible.module_utils import kit_build, kit_dify, kit_mirrors_file, kit_network
 
 
 def environment(make: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -60,6 +61,25 @@ def plugin_parts(plugins: list[dict[str, Any]], cache: str) -> list[dict[str, An
     ]
 
 
+def limits(upload_mb: int, env: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``dify_source_upload_mb | kit_limits(dify_source_env)``: see ``kit_dify.limits``."""
+    return dataclasses.asdict(kit_dify.limits(int(upload_mb), env))
+
+
+def network_env(
+    bundle: str, http: str = "", https: str = "", direct: str = "", own: Sequence[str] = ()
+) -> dict[str, str]:
+    """``kit_ca_bundle | kit_network_env(kit_http_proxy, ...)``: see ``kit_network.environment``."""
+    return dict(kit_network.environment(bundle, http, https, direct, own))
+
+
+def mirrors_used(named: Mapping[str, str], mode: str, path: str, host: str) -> dict[str, str]:
+    """``{kind: address} | kit_mirrors_used(kit_mirrors, file, host)``: see ``kit_mirrors_file.used``."""
+    known = yaml.safe_load((Path(__file__).parents[2] / "mirrors.yml").read_text()) if mode == "auto" else {}
+    sources = {kind: one["source"] for kind, one in known.items()}
+    return dict(kit_mirrors_file.used(named, mode, path, host, sources))
+
+
 class FilterModule:
     """What Ansible looks for."""
 
@@ -74,4 +94,9 @@ class FilterModule:
             "kit_named": named,
             "kit_build_jobs": build_jobs,
             "kit_plugin_parts": plugin_parts,
+            "kit_limits": limits,
+            "kit_network_env": network_env,
+            "kit_certificates_env": kit_network.certificates,
+            "kit_tools_env": kit_network.tools,
+            "kit_mirrors_used": mirrors_used,
         }

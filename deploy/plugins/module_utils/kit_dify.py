@@ -14,8 +14,17 @@ from urllib.parse import quote
 
 Env = dict[str, Any]
 
-# A line between daemon and plugin carries whole images in base64; upstream's 5 MB cut them off.
-MAX_PLUGIN_LINE_BYTES = 64 * 1024 * 1024
+MIB = 1024 * 1024
+# What people may upload, in MiB, where the site says nothing: upstream's own limits by kind.
+UPLOAD_LIMITS = {
+    "UPLOAD_FILE_SIZE_LIMIT": 15,
+    "UPLOAD_IMAGE_FILE_SIZE_LIMIT": 10,
+    "UPLOAD_AUDIO_FILE_SIZE_LIMIT": 50,
+    "UPLOAD_VIDEO_FILE_SIZE_LIMIT": 100,
+}
+# A line between daemon and plugin carries whole files in base64: upstream's 5 MB cut images off. Larger uploads move
+# it. Packages have a limit of their own, plugin_daemon_package_mb.
+PLUGIN_LINE_MIB = 64
 # Nothing listens on the discard port. Upstream's default would reach whoever runs a sandbox of his own on this host.
 NOWHERE = "http://127.0.0.1:9"
 
@@ -130,6 +139,51 @@ def split_queues(queues: Iterable[str], layout: str) -> dict[str, list[str]]:
     }
 
 
+# --- Limits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large files may be, in MiB, along the whole way: the same numbers for gateway, API and plugin daemon.
+
+    Attributes:
+        uploads: by Dify's names; empty where the release's own limits hold.
+        body: the largest request that the gateway must let pass.
+        line: between daemon and plugin.
+    """
+
+    uploads: dict[str, int]
+    body: int
+    line: int
+
+
+def limits(upload_mb: int, env: Mapping[str, Any] | None = None) -> Limits:
+    """From the site's one limit (0: the release's own, by kind) and what it sets by kind in ``dify_source_env``."""
+    uploads = dict.fromkeys(UPLOAD_LIMITS, upload_mb) if upload_mb else {}
+    own = {key: int(value) for key, value in (env or {}).items() if key in UPLOAD_LIMITS and str(value).isdigit()}
+    by_kind = UPLOAD_LIMITS | uploads | own
+    # A third more in base64, and room for the question around it; videos go by their address.
+    image = max(by_kind["UPLOAD_IMAGE_FILE_SIZE_LIMIT"], by_kind["UPLOAD_FILE_SIZE_LIMIT"])
+    return Limits(uploads, max(by_kind.values()), max(PLUGIN_LINE_MIB, image * 4 // 3 + 8))
+
+
+def mail_env(mail: Mapping[str, Any], password: str) -> Env:
+    """Dify's mail settings. ``mail``: see dify_source_mail; empty for none."""
+    if not mail:
+        return {}
+    security = mail.get("security", "starttls")
+    return {
+        "MAIL_TYPE": "smtp",
+        "MAIL_DEFAULT_SEND_FROM": mail["from"],
+        "SMTP_SERVER": mail["server"],
+        "SMTP_PORT": mail.get("port") or {"starttls": 587, "tls": 465, "none": 25}[security],
+        "SMTP_USERNAME": mail.get("user", ""),
+        "SMTP_PASSWORD": password,
+        "SMTP_USE_TLS": security != "none",
+        "SMTP_OPPORTUNISTIC_TLS": security == "starttls",
+    }
+
+
 # --- A site's own settings ------------------------------------------------------------------------------------------
 
 # Settings that follow from variables of the kit: setting them twice would let the two drift apart.
@@ -159,6 +213,12 @@ _WIRED = {
         "PLUGIN_MAX_PACKAGE_SIZE": "plugin_daemon_package_mb",
         "PLUGIN_DAEMON_TIMEOUT": "dify_source_request_timeout",
         "GUNICORN_TIMEOUT": "dify_source_request_timeout",
+        "SMTP_SERVER": "dify_source_mail",
+        "SMTP_PORT": "dify_source_mail",
+        "SMTP_USERNAME": "dify_source_mail",
+        "SMTP_PASSWORD": "dify_source_mail_password",
+        "SMTP_USE_TLS": "dify_source_mail",
+        "SMTP_OPPORTUNISTIC_TLS": "dify_source_mail",
         "SERVER_WORKER_AMOUNT": "dify_source_api_workers",
         "SERVER_WORKER_CONNECTIONS": "dify_source_api_connections",
         "CELERY_WORKER_AMOUNT": "dify_source_worker_tasks",
@@ -195,7 +255,8 @@ _WIRED = {
         "REDIS_PORT": "plugin_daemon_redis",
         "REDIS_PASSWORD": "plugin_daemon_redis",
         "MAX_PLUGIN_PACKAGE_SIZE": "plugin_daemon_package_mb",
-        "PLUGIN_MAX_EXECUTION_TIMEOUT": "plugin_daemon_request_timeout",
+        "PLUGIN_MAX_EXECUTION_TIMEOUT": "dify_source_request_timeout",
+        "DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT": "dify_source_request_timeout",
         "FORCE_VERIFYING_SIGNATURE": "plugin_daemon_require_signatures",
         "THIRD_PARTY_SIGNATURE_VERIFICATION_ENABLED": "plugin_daemon_require_signatures",
         "THIRD_PARTY_SIGNATURE_VERIFICATION_PUBLIC_KEYS": "plugin_daemon_trusted_keys",
@@ -223,6 +284,8 @@ def own_settings(
             problems.append(f"{variable}.{key}: this release does not read it. Remedy: {hint}")
         elif isinstance(value, (dict, list)):
             problems.append(f"{variable}.{key}: must be text, a number or a boolean. Remedy: quote the value.")
+        elif key in UPLOAD_LIMITS and not str(value).isdigit():
+            problems.append(f"{variable}.{key}: is no size. Remedy: write a whole number, in MiB.")
     return problems
 
 
@@ -241,19 +304,6 @@ def _own(variable: str, site: Mapping[str, Any], components: Iterable[str], want
 # --- Environments ---------------------------------------------------------------------------------------------------
 
 
-def _network(site: Mapping[str, Any]) -> Env:
-    """Certificates and proxies. The services of this host are never behind the proxy."""
-    env: Env = {"SSL_CERT_FILE": site["ca_bundle"], "REQUESTS_CA_BUNDLE": site["ca_bundle"]}
-    for name in ("http_proxy", "https_proxy"):
-        if site[name]:
-            env |= {name: site[name], name.upper(): site[name]}
-    if site["http_proxy"] or site["https_proxy"]:
-        own = [host for host in ("127.0.0.1", "localhost") if host not in site["no_proxy"].split(",")]
-        no_proxy = ",".join([*filter(None, [site["no_proxy"]]), *own])
-        env |= {"no_proxy": no_proxy, "NO_PROXY": no_proxy}
-    return env
-
-
 def _redis_url(redis: Mapping[str, Any], database: int) -> str:
     password = quote(str(redis["password"]), safe="")
     return f"redis://:{password}@{redis['host']}:{redis['port']}/{database}"
@@ -263,6 +313,7 @@ def api_env(site: Mapping[str, Any]) -> Env:
     """Environment of the API, its workers, beat and ``flask``: they are one program. See ``dify_source_site``."""
     url, postgres, redis = site["public_url"], site["postgres"], site["redis"]
     sizing, timeout, agent = site["sizing"], site["request_timeout"], site["agent"]
+    allowed = limits(site["upload_mb"], site["env"])
     env: Env = {
         "EDITION": "SELF_HOSTED",
         "DEPLOY_ENV": "PRODUCTION",
@@ -315,7 +366,9 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "PLUGIN_DAEMON_KEY": site["plugin_daemon_key"],
         "PLUGIN_DAEMON_TIMEOUT": timeout,
         # The same on both sides, or a package that the console accepts is refused by the daemon.
-        "PLUGIN_MAX_PACKAGE_SIZE": site["plugin_package_mb"] * 2**20,
+        "PLUGIN_MAX_PACKAGE_SIZE": site["plugin_package_mb"] * MIB,
+        **allowed.uploads,
+        **mail_env(site["mail"], site["mail_password"]),
         "PLUGIN_REMOTE_INSTALL_HOST": "127.0.0.1",
         "PLUGIN_REMOTE_INSTALL_PORT": site["plugin_daemon_debug_port"],
         "INNER_API_KEY_FOR_PLUGIN": site["inner_api_key"],
@@ -336,7 +389,7 @@ def api_env(site: Mapping[str, Any]) -> Env:
         # Each open page holds a connection; the API has too few to spare.
         "ENABLE_COLLABORATION_MODE": sizing["layout"] == "full",
     }
-    return _network(site) | env | _own("dify_source_env", site, COMPONENTS, "api")
+    return dict(site["network"]) | env | _own("dify_source_env", site, COMPONENTS, "api")
 
 
 def web_env(site: Mapping[str, Any]) -> Env:
@@ -363,7 +416,7 @@ def web_env(site: Mapping[str, Any]) -> Env:
         "TEXT_GENERATION_TIMEOUT_MS": milliseconds,
         "WORKFLOW_GENERATION_TIMEOUT_MS": max(180_000, milliseconds),
     }
-    return env | _own("dify_source_env", site, COMPONENTS, "web")
+    return dict(site["network"]) | env | _own("dify_source_env", site, COMPONENTS, "web")
 
 
 def agent_env(site: Mapping[str, Any]) -> Env:
@@ -420,11 +473,14 @@ def daemon_env(site: Mapping[str, Any]) -> Env:
         "PLUGIN_STORAGE_TYPE": "local",
         "PLUGIN_STORAGE_LOCAL_ROOT": f"{site['home']}/var/plugins/storage",
         "PLUGIN_WORKING_PATH": f"{site['home']}/var/plugins/cwd",
-        "MAX_PLUGIN_PACKAGE_SIZE": site["plugin_package_mb"] * 2**20,
-        "PLUGIN_STDIO_MAX_BUFFER_SIZE": MAX_PLUGIN_LINE_BYTES,
-        "PLUGIN_RUNTIME_MAX_BUFFER_SIZE": MAX_PLUGIN_LINE_BYTES,
+        "MAX_PLUGIN_PACKAGE_SIZE": site["plugin_package_mb"] * MIB,
+        "PLUGIN_STDIO_MAX_BUFFER_SIZE": site["limits"]["line"] * MIB,
+        "PLUGIN_RUNTIME_MAX_BUFFER_SIZE": site["limits"]["line"] * MIB,
         "PLUGIN_MAX_EXECUTION_TIMEOUT": timeout,
         "DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT": timeout * 1000,
+        # Plugins inherit these from the daemon: how long they wait for a model, and for Dify.
+        "MAX_REQUEST_TIMEOUT": timeout,
+        "MAX_INVOCATION_TIMEOUT": timeout,
         "PYTHON_INTERPRETER_PATH": site["python"],
         # uv starts in an empty environment; the wrapper gives it interpreter, certificates and mirror.
         "UV_PATH": site["uv"],
@@ -440,4 +496,4 @@ def daemon_env(site: Mapping[str, Any]) -> Env:
     if site["pypi_index"]:
         # A plugin's lockfile names PyPI's own addresses; the mirror counts only without it.
         env |= {"PIP_MIRROR_URL": site["pypi_index"], "PLUGIN_IGNORE_UV_LOCK": True}
-    return _network(site) | env | _own("plugin_daemon_env", site, ("plugin_daemon",), "plugin_daemon")
+    return dict(site["network"]) | env | _own("plugin_daemon_env", site, ("plugin_daemon",), "plugin_daemon")

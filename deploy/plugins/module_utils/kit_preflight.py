@@ -14,7 +14,7 @@ import platform
 import pwd
 import re
 import shutil
-import ssl
+import socket
 import subprocess
 import tempfile
 import time
@@ -27,6 +27,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from .kit_gateway import forward
+from .kit_mirrors import Mirrors
+from .kit_network import opener
 from .kit_report import Problem
 
 PROBE_SECONDS = 8.0
@@ -41,6 +44,7 @@ CA_BUNDLES = "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle
 PYTHON_FOLDERS = ".local/bin", ".pyenv/shims", "bin"
 ROOT_PYTHONS = ".pyenv/versions/{version}.*/bin/{name}", ".local/share/uv/python/cpython-{version}.*/bin/{name}"
 MIB = 1024**2
+NET = "/proc/sys/net/ipv4"
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Source:
         kind: ``git`` (``tag`` must exist), ``http`` (a page that any mirror of it has) or ``file`` (on the host).
         remedy: the ways out, when it does not answer.
         others: URLs and files of which one will do as well.
+        mirror: kind of what kit_mirrors chooses an address for; ``url`` is then the path below that address.
         fine: HTTP errors that a server gives to strangers at this URL, and that show all the same that it is there.
     """
 
@@ -101,6 +106,7 @@ class Source:
     tag: str = ""
     others: list[str] = field(default_factory=list)
     fine: list[int] = field(default_factory=list)
+    mirror: str = ""
 
 
 @dataclass(frozen=True)
@@ -418,6 +424,50 @@ def check_ports(findings: Findings, ports: Mapping[str, int], home: str) -> None
             findings.problem(f"Port {port} ({name}) is held by {holder}.", f"port {port}", f"{stop}{move}")
 
 
+def check_low_ports(
+    findings: Findings,
+    ports: Mapping[str, int],
+    home: str,
+    limit: str = f"{NET}/ip_unprivileged_port_start",
+) -> None:
+    """Ports that Linux keeps for root can be had: the gateway runs as an ordinary user."""
+    start = int(Path(limit).read_text())
+    low = {name: port for name, port in ports.items() if port < start}
+    caddy = os.path.realpath(f"{home}/runtime/bin/caddy")
+    with contextlib.suppress(OSError):
+        if os.getxattr(caddy, "security.capability"):
+            return
+    for name, port in low.items():
+        high = {"gateway_https_port": 17818}.get(name, 17800)
+        findings.problem(
+            f"{name} is {port}, but Linux keeps ports below {start} for root; the gateway runs as an ordinary user.",
+            name,
+            "one of these, by an administrator:\n"
+            "- let ordinary users have it, now and after a reboot:\n"
+            f"  echo net.ipv4.ip_unprivileged_port_start={min(low.values())} > /etc/sysctl.d/90-dify-kit.conf\n"
+            "  sysctl --system\n"
+            f"- keep a high port ({name}: {high}, and gateway_bind: 0.0.0.0) and pass this one on to it:\n"
+            f"  {forward(port, high)}\n"
+            "- deploy with the high port, then give the right to the gateway alone, again whenever it is updated:\n"
+            f"  setcap cap_net_bind_service=+ep $(readlink -f {home}/runtime/bin/caddy)",
+        )
+
+
+def check_binds(findings: Findings, binds: Mapping[str, str]) -> None:
+    """Listeners' addresses are this host's own."""
+    for name, address in binds.items():
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family) as probe:
+                probe.bind((address, 0))
+        except OSError as error:
+            findings.problem(
+                f"{name} is {address}, at which this host cannot listen: {error.strerror}.",
+                name,
+                "choose one that `ip -brief address` lists there, 127.0.0.1 for the host alone, or 0.0.0.0 for all.",
+            )
+
+
 # --- User, folders, disk --------------------------------------------------------------------------------------------
 
 
@@ -613,22 +663,14 @@ def ask_git(source: Source, account: Account, environment: Mapping[str, str]) ->
 
 def ask_http(source: Source, environment: Mapping[str, str]) -> Answer:
     """A HEAD request through the build's proxy and with its certificates."""
-    proxies = {scheme: url for scheme in ("http", "https") if (url := environment.get(f"{scheme}_proxy"))}
-    excluded = [name for name in environment.get("no_proxy", "").split(",") if name]
-    host = urllib.request.Request(source.url).host.split(":")[0]
-    if any(host == name or host.endswith("." + name.lstrip(".")) for name in excluded):
-        proxies = {}
     try:
-        context = ssl.create_default_context(cafile=environment.get("SSL_CERT_FILE") or None)
+        way = opener(source.url, environment)
     except OSError as error:
         return Answer(f"the certificates {environment.get('SSL_CERT_FILE')} cannot be read: {error}", asked=source.url)
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
-    )
     for method in ("HEAD", "GET"):
-        request = urllib.request.Request(source.url, method=method, headers={"User-Agent": "dify-kit-preflight"})
+        request = urllib.request.Request(source.url, method=method)
         try:
-            with opener.open(request, timeout=PROBE_SECONDS) as response:
+            with way.open(request, timeout=PROBE_SECONDS) as response:
                 return Answer(server_time=_server_time(response.headers.get("Date")), asked=source.url)
         except urllib.error.HTTPError as error:
             if method == "HEAD" and error.code in (403, 405, 501):
@@ -717,21 +759,31 @@ def check_sources(
     sources: Sequence[Source],
     account: Account,
     environment: Mapping[str, str],
+    mirrors: Mirrors,
 ) -> list[Answer]:
-    """Everything that the missing parts come from answers."""
+    """Everything that the missing parts come from answers; a mirror chosen by an earlier run may be chosen anew."""
+    for kind in mirrors.open_kinds():
+        mirrors.decide(kind)
     wanted = {name for part in parts for name in part.sources}
     asked = [source for source in sources if source.name in wanted]
 
     def ask(source: Source) -> Answer:
+        answer = ask_all(source)
+        if answer.fault and mirrors.may_decide_again(source.mirror) and mirrors.decide(source.mirror):
+            answer = ask_all(source)
+        return answer
+
+    def ask_all(source: Source) -> Answer:
         answers: list[Answer] = []
-        for url in [source.url, *source.others]:
+        first = f"{mirrors.address(source.mirror)}/{source.url}" if source.mirror else source.url
+        for url in [first, *source.others]:
             answers.append(ask_one(replace(source, url=url)))
             if not answers[-1].fault:
                 return answers[-1]
         if len(answers) == 1:
             return answers[0]
         faults = "; ".join(f"{answer.asked}: {answer.fault}" for answer in answers)
-        return Answer(f"none of its {len(answers)} addresses will do ({faults})", asked=source.url)
+        return Answer(f"none of its {len(answers)} addresses will do ({faults})", asked=first)
 
     def ask_one(source: Source) -> Answer:
         if source.kind == "file" or source.url.startswith("/"):
@@ -823,11 +875,12 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     account = Account.find(parameters["user"], parameters["user_home"])
     parts = [part for part in (Part(**values) for values in parameters["parts"]) if part.missing]
     sources = [Source(**values) for values in parameters["sources"]]
+    mirrors = Mirrors(parameters["mirrors"], environment)
 
     # What waits for others runs beside what only looks at this host; each thread adds to findings of its own.
     asking, looking = Findings(), Findings()
     with ThreadPoolExecutor(max_workers=3) as pool:
-        network = pool.submit(check_sources, asking, parts, sources, account, environment)
+        network = pool.submit(check_sources, asking, parts, sources, account, environment, mirrors)
         python = None
         if any(part.python for part in parts):
             python = pool.submit(check_python, looking, account, parameters["python"], environment)
@@ -851,6 +904,8 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
         os.umask(umask)
         check_umask(findings, umask)
         check_ports(findings, parameters["ports"], home)
+        check_low_ports(findings, parameters["ports"], home)
+        check_binds(findings, parameters["binds"])
         check_commands(findings, parts, environment.get("PATH", os.defpath))
         check_certificates(findings, environment)
 
@@ -860,10 +915,10 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     if python:
         python.result()  # an error of its own is not lost
     findings.problems += looking.problems + asking.problems
-    findings.notices += others.result()
+    findings.notices += others.result() + mirrors.summary()
 
     data = Path(home, "var", "postgres")
     has_data = False
     with contextlib.suppress(OSError):
         has_data = data.is_dir() and any(data.iterdir())
-    return findings, {"has_data": has_data, "agent_runtime_lacks": lacks}
+    return findings, {"has_data": has_data, "agent_runtime_lacks": lacks, "mirrors": mirrors.chosen}

@@ -20,12 +20,13 @@ from .kit_report import Problem
 Spec = Mapping[str, Any]
 
 #: Secrets that somebody else gives out, in whatever form.
-FOREIGN_KEYS = ("provider_api_key", "inference_hub_token")
+FOREIGN_KEYS = ("provider_api_key", "inference_hub_token", "dify_source_mail_password")
 SECRET_PREFIX = "kit_secret_"
 # Written by one program and read by many (URLs, env files, configuration): nothing that any of them would quote.
 SECRET_VALUE = re.compile(r"[A-Za-z0-9_.~-]+")
 # supervisor expands %, shells split at blanks, and env files end at quotes.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+@-]*")
+EMAIL = re.compile(r"[^@\s<>]+@[^@\s<>]+\.[^@\s<>]+")
 TYPE_NAMES = {
     "str": "text",
     "int": "a whole number",
@@ -167,7 +168,7 @@ def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
         number = int(value)
         if not 0 < number < 65536:
             return [Problem(f"{name} is {number}, which is no port.", where, "choose a number from 1024 to 65500.")]
-        if number < 1024:
+        if number < 1024 and name not in ("gateway_port", "gateway_https_port"):  # of these, preflight asks the host
             what = f"{name} is {number}, which only root may listen on; the kit's services run as an ordinary user."
             return [Problem(what, where, "choose a number from 1024 to 65500, and let a proxy of yours forward to it.")]
         if name == "kit_port_base" and number > 65500:
@@ -177,10 +178,10 @@ def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
             return [Problem(f"{name} is {_shown(value)}, which is not absolute.", where, "write it from / on.")]
         what = f"{name} is {_shown(value)}; it holds a character that some program would misread."
         return [Problem(what, where, "use letters, digits and . _ - + @ only.")]
-    urls = ("_url", "_proxy", "_index", "_registry", "provider_endpoint", "inference_hub_mirror")
-    if name.endswith(urls) and name not in ("kit_no_proxy", "kit_go_proxy"):
+    urls = ("_url", "_proxy", "_index", "_registry", "provider_endpoint", "inference_hub_mirror", "kit_git_mirror")
+    if name.endswith((*urls, "gateway_acme_directory")) and name not in ("kit_no_proxy", "kit_go_proxy"):
         return _check_url(name, value, where) if value else []
-    if name.endswith("_email") and not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s]+", value):
+    if name.endswith("_email") and not EMAIL.fullmatch(value) and (value or name == "dify_admin_email"):
         return [Problem(f"{name} is {_shown(value)}, which is no e-mail address.", where, "write name@host.domain")]
     return []
 
@@ -231,7 +232,7 @@ def _check_foreign_key(setting: Setting) -> list[Problem]:
         what = f"{name} stands on the command line, which every user of this machine can read while the deploy runs."
         return [Problem(what, setting.where, remedy)]
     if not re.fullmatch(r"[!-~]*", value):
-        what = f"{name} holds a blank, a line break or a letter that HTTP cannot send."
+        what = f"{name} holds a blank, a line break or a letter outside ASCII, which cannot be sent."
         return [Problem(what, setting.where, "copy the key anew, in quotes and on one line.")]
     return []
 
@@ -315,6 +316,42 @@ def check_plugins(plugins: Iterable[Mapping[str, Any]], where: str) -> list[Prob
             problems.append(Problem(f"{name}: {plugin_id} is there twice.", where, "keep one of them."))
         elif plugin_id:
             ids.add(str(plugin_id))
+    return problems
+
+
+def check_mail(mail: Mapping[str, Any], password: str, where: str) -> list[Problem]:
+    """Dify's mail server: whole, and with a port and an encryption that belong together."""
+    if not mail:
+        if password:
+            what = "dify_source_mail_password is set, but dify_source_mail is empty."
+            return [Problem(what, where, "set dify_source_mail: {server: ..., from: ..., user: ...}, or delete it.")]
+        return []
+    problems = []
+
+    def problem(what: str, remedy: str) -> None:
+        problems.append(Problem(f"dify_source_mail{what}", where, remedy))
+
+    server, sender, user = mail.get("server") or "", mail.get("from") or "", mail.get("user") or ""
+    security, port = mail.get("security") or "starttls", mail.get("port")
+    if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:]+", server) or re.fullmatch(r".*[^:]:\d+", server):
+        problem(f".server is {_shown(server)}, which is no host name.", "write smtp.example.com")
+    if not EMAIL.fullmatch(re.sub(r"^.*<(.*)>$", r"\1", sender)):
+        problem(
+            f".from is {_shown(sender)}, which is no e-mail address.",
+            "write name@host.domain",
+        )
+    if port is not None and not 0 < int(port) < 65536:
+        problem(f".port is {port}, which is no port.", "choose a number from 1 to 65535, or leave it out.")
+    if (port, security) in ((465, "starttls"), (587, "tls")):
+        right = "tls" if port == 465 else "starttls"
+        problem(f" has security {security} at port {port}, where servers expect {right}.", f"write security: {right}")
+    if user and not password:
+        remedy = "write dify_source_mail_password: ... into the site's group_vars/kit/secrets.yml, or leave user out."
+        problem(f".user is {_shown(user)}, but dify_source_mail_password is empty.", remedy)
+    if password and not user:
+        problem(".user is missing, but dify_source_mail_password is set.", "add user:, or delete the password.")
+    if user and security == "none":
+        problem(".security is none: the password would be sent readable.", "use starttls or tls, or leave user out.")
     return problems
 
 

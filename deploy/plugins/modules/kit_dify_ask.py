@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kit_console import Answer, ConsoleError, Service
+from ansible.module_utils.kit_network import hide
 from ansible.module_utils.kit_openai import Endpoint
 
 DOCUMENTATION = r"""
@@ -24,6 +26,7 @@ description:
 options:
   url: {type: str, required: true, description: "Where this host reaches Dify."}
   ca_file: {type: path, description: "Root certificates for https addresses."}
+  environment: {type: dict, default: {}, description: Proxies and certificates on the way out.}
   key_file: {type: path, required: true, description: "Env file with DIFY_APP_KEY."}
   question: {type: str, required: true, description: "The question."}
   image: {type: path, description: "A PNG to ask about, on the host."}
@@ -86,6 +89,7 @@ def main() -> None:
         argument_spec={
             "url": {"type": "str", "required": True},
             "ca_file": {"type": "path"},
+            "environment": {"type": "dict", "default": {}},
             "key_file": {"type": "path", "required": True, "no_log": False},
             "question": {"type": "str", "required": True},
             "image": {"type": "path"},
@@ -106,6 +110,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     want = module.params
+    os.environ.update(hide(module))
     if module.check_mode:
         module.exit_json(changed=False, skipped=True, msg="a check asks no questions")
     try:

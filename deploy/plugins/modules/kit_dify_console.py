@@ -12,6 +12,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kit_console import Console, ConsoleError
 from ansible.module_utils.kit_files import FileProblem, apply, entry_from_dict
+from ansible.module_utils.kit_network import hide
 from ansible.module_utils.kit_openai import Endpoint, Served
 
 DOCUMENTATION = r"""
@@ -29,6 +30,7 @@ description:
 options:
   url: {type: str, required: true, description: "Where this host reaches Dify."}
   ca_file: {type: path, description: "Root certificates for https addresses."}
+  environment: {type: dict, default: {}, description: Proxies and certificates on the way out.}
   wait_seconds: {type: int, default: 180, description: "How long Dify may take to answer at first."}
   admin:
     type: dict
@@ -477,6 +479,7 @@ def main() -> None:
         argument_spec={
             "url": text,
             "ca_file": {"type": "path"},
+            "environment": {"type": "dict", "default": {}},
             "wait_seconds": {"type": "int", "default": 180},
             "admin": {
                 "type": "dict",
@@ -521,6 +524,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    os.environ.update(hide(module))
     workspace = Workspace(module.params, check=module.check_mode)
     outcome: dict[str, Any] = {}
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kit_console import ConsoleError
+from ansible.module_utils.kit_network import hide
 from ansible.module_utils.kit_openai import Endpoint
 
 DOCUMENTATION = r"""
@@ -22,6 +24,7 @@ options:
   model: {type: str, required: true, description: "The model's name at the server; empty: the first that it lists."}
   context_size: {type: int, default: 0, description: "In tokens, for servers that don't tell it."}
   ca_file: {type: path, description: "Root certificates for https addresses."}
+  environment: {type: dict, default: {}, description: Proxies and certificates on the way out.}
 author: [Dify deployment kit]
 """
 
@@ -35,10 +38,12 @@ def main() -> None:
             "model": {"type": "str", "required": True},
             "context_size": {"type": "int", "default": 0},
             "ca_file": {"type": "path"},
+            "environment": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
     want = module.params
+    os.environ.update(hide(module))
     try:
         endpoint = Endpoint(want["url"], want["api_key"], want["ca_file"], external=True)
         model = endpoint.model(want["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kit_network import hide
 from ansible.module_utils.kit_preflight import examine
 from ansible.module_utils.kit_report import render
 
@@ -21,6 +22,8 @@ options:
   cache: {type: path, required: true, description: kit_cache.}
   environment: {type: dict, required: true, description: The environment of builds and downloads.}
   ports: {type: dict, required: true, description: Listeners, name to number.}
+  binds: {type: dict, default: {}, description: 'Addresses that services listen on, name to address.'}
+  mirrors: {type: dict, required: true, description: 'Named, recorded and known mirrors, see kit_mirrors.Mirrors.'}
   sockets: {type: list, elements: str, default: [], description: The paths of unix sockets.}
   machines: {type: list, elements: str, required: true, description: Processors that parts exist for.}
   glibc: {type: str, required: true, description: The oldest glibc that parts run on.}
@@ -45,6 +48,8 @@ def main() -> None:
             "cache": {"type": "path", "required": True},
             "environment": {"type": "dict", "required": True},
             "ports": {"type": "dict", "required": True},
+            "binds": {"type": "dict", "default": {}},
+            "mirrors": {"type": "dict", "required": True},
             "sockets": {"type": "list", "elements": "str", "default": []},
             "machines": {"type": "list", "elements": "str", "required": True},
             "glibc": {"type": "str", "required": True},
@@ -57,7 +62,8 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    parameters = {**module.params, "ports": {name: int(port) for name, port in module.params["ports"].items()}}
+    ports = {name: int(port) for name, port in module.params["ports"].items()}
+    parameters = {**module.params, "ports": ports, "environment": hide(module)}
     findings, known = examine(parameters, getpass.getuser())
     if findings.problems:
         module.fail_json(msg=render(findings.problems, "Nothing was changed."))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kit_fetch import FetchError
+from ansible.module_utils.kit_network import hide
 from ansible.module_utils.kit_runtime import NoPython, Runtime, RuntimeFailure
 
 DOCUMENTATION = r"""
@@ -62,7 +63,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     os.umask(0o022)
-    os.environ.update({key: str(value) for key, value in module.params["environment"].items()})
+    os.environ.update(hide(module))
     try:
         runtime = Runtime(Path(module.params["home"]), module.params)
         changed = not runtime.is_current()

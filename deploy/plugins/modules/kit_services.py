@@ -35,6 +35,7 @@ options:
       user without a login (lingering), else a C(@reboot) line in the user's crontab where cron runs, else only a
       notice of what an administrator can do. Left out, the call does not look at it.
   absent: {type: list, elements: str, default: [], description: Names of services to stop and forget where they exist.}
+  notices: {type: list, elements: str, default: [], description: Passed on to the summary.}
   log_megabytes: {type: int, default: 10, description: Size at which a service's log is rotated.}
   log_backups: {type: int, default: 5, description: Rotated logs that are kept.}
   services:
@@ -115,6 +116,7 @@ def main() -> None:
             "supervisord": {"type": "str", "choices": ["started", "stopped"], "default": "started"},
             "boot": {"type": "str", "choices": ["present", "absent"]},
             "absent": {"type": "list", "elements": "str", "default": []},
+            "notices": {"type": "list", "elements": "str", "default": []},
             "log_megabytes": {"type": "int", "default": 10},
             "log_backups": {"type": "int", "default": 5},
             "services": {
@@ -129,6 +131,7 @@ def main() -> None:
     )
     home = Path(module.params["home"])
     result: dict[str, Any] = {}
+    notices = list(module.params["notices"])
     try:
         if module.params["supervisord"] == "stopped":
             supervisor = Supervisor(home)
@@ -149,7 +152,8 @@ def main() -> None:
             hook = BootHook(home, check=module.check_mode)
             boot = hook.present() if module.params["boot"] == "present" else hook.absent()
             changes = changes + boot.changes
-            result |= {"boot": boot.hook, "kit_notice": boot.notice}
+            result |= {"boot": boot.hook}
+            notices += boot.notice
     except (ServiceProblem, FileProblem, BootProblem) as problem:
         module.fail_json(msg=str(problem))
     except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
@@ -160,7 +164,7 @@ def main() -> None:
             {"before": c.before, "after": c.after, "before_header": str(c.dest), "after_header": str(c.dest)}
             for c in changes
         ]
-    module.exit_json(changed=bool(changed or changes), **result)
+    module.exit_json(changed=bool(changed or changes), kit_notice=notices, **result)
 
 
 def _service(raw: dict[str, Any]) -> Service:
