@@ -318,7 +318,10 @@ class Person:
                 kill(alive)
                 time.sleep(0.2)
             park_cache(self.home / ".cache/dify-kit")
-            subprocess.run(["userdel", "--remove", self.name], check=True, capture_output=True)
+            # Its status tells also of what is no obstacle, as a group that somebody else is in.
+            done = subprocess.run(["userdel", "--remove", self.name], capture_output=True, text=True)
+            assert not self.home.exists(), done.stderr
+            assert self.name not in {user.pw_name for user in pwd.getpwall()}, done.stderr
         if self.root:
             shutil.rmtree(WORK / self.name, ignore_errors=True)
 
