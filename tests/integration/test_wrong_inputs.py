@@ -1,4 +1,4 @@
-"""Each wrong input of `make deploy`: one clear message with its remedy, status 2, and nothing changed."""
+"""Each wrong input gives one clear message and exit status 2, and has changed nothing: `make deploy` for real."""
 
 from __future__ import annotations
 
@@ -8,108 +8,203 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 # Made by a deploy that root runs, so it must not exist before or after.
-USER = "kit-wrong-inputs"
+USER = "kit-not-yet"
+HOSTS = {"kit": {"hosts": {"localhost": {"ansible_connection": "local"}}}}
 
-Deploy = Callable[..., str]
 
+class Site:
+    """A new site under the test's folder, whose home and cache are there too."""
 
-@pytest.fixture
-def deploy(tmp_path: Path) -> Deploy:
-    """Runs a deploy with settings that must be refused; returns what it said."""
-    site = tmp_path / "site"
-    (site / "group_vars/kit").mkdir(parents=True)
-    shutil.copy(ROOT / "deploy/inventories/local/hosts.yml", site)
-    # What the kit would write to: all of it inside a folder that must stay empty.
-    places = {"kit_home": str(tmp_path / "host/kit"), "kit_cache": str(tmp_path / "host/cache")}
-    if os.geteuid() == 0:
-        places["kit_user"] = USER
-    before = sorted(path.relative_to(site) for path in site.rglob("*"))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.inventory = folder / "site"
+        self.settings: dict[str, object] = {
+            "kit_home": str(folder / "kit-home"),
+            "kit_cache": str(folder / "kit-cache"),
+            "kit_port_base": free_base(),
+            "runtime_python": os.environ.get("KIT_TEST_PYTHON", ""),
+        }
+        if os.geteuid() == 0:
+            self.settings |= {"kit_user": USER, "kit_user_home": str(folder / "home")}
+        (self.inventory / "group_vars" / "kit").mkdir(parents=True)
+        (self.inventory / "hosts.yml").write_text(yaml.safe_dump(HOSTS))
 
-    def run(inside: Sequence[str] = (), **settings: Any) -> str:
-        (site / "group_vars/kit/settings.yml").write_text(yaml.safe_dump({**places, **settings}))
-        outcome = subprocess.run(
-            [*inside, sys.executable, str(ROOT / "deploy/kit.py"), "--site", str(site), "deploy"],
+    def deploy(self, *arguments: str, wrapper: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """What `make deploy` runs, within ``wrapper`` if given."""
+        settings = self.inventory / "group_vars" / "kit" / "settings.yml"
+        settings.write_text(yaml.safe_dump(self.settings))
+        return subprocess.run(
+            [*wrapper, sys.executable, ROOT / "deploy/kit.py", "--site", self.inventory, "deploy", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=120,
         )
-        assert outcome.returncode == 2, outcome.stdout
-        assert "Nothing was changed." in outcome.stdout
-        assert "Traceback" not in outcome.stdout
-        assert not (tmp_path / "host").exists(), "the deploy wrote to the host"
-        after = sorted(path.relative_to(site) for path in site.rglob("*"))
-        assert after == sorted([*before, Path("group_vars/kit/settings.yml")]), "the deploy wrote to the site"
-        with pytest.raises(KeyError):
-            pwd.getpwnam(USER)
-        return outcome.stdout
 
-    return run
+    def files(self) -> dict[str, tuple[int, float]]:
+        """Everything below the site's folder, with sizes and times; settings.yml is the test's own."""
+        return {
+            str(path.relative_to(self.folder)): (path.stat().st_size, path.stat().st_mtime)
+            for path in self.folder.rglob("*")
+            if path.name not in ("settings.yml", "kit")
+        }
 
 
-def test_unknown_release(deploy: Deploy) -> None:
-    said = deploy(dify_release="9.9.9")
-    assert "9.9.9" in said
-    assert "1.16.0" in said, "the releases that there are should be named"
+def free_base() -> int:
+    """A port base at which nothing listens."""
+    for base in range(41000, 60000, 100):
+        for port in range(base, base + 10):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+        else:
+            return base
+    raise AssertionError("no free ports")
 
 
-def test_misspelt_variable(deploy: Deploy) -> None:
-    said = deploy(dify_relaese="1.16.0")
-    assert "dify_relaese" in said
-    assert "dify_release" in said, "the right spelling should be named"
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with tempfile.TemporaryDirectory(prefix="kit-") as folder:  # pytest's own would be too long for sockets
+        Path(folder).chmod(0o755)
+        yield Site(Path(folder))
 
 
-def test_wrong_type(deploy: Deploy) -> None:
-    said = deploy(kit_port_base="eighty")
-    assert "kit_port_base" in said
-    assert "eighty" in said
+def refused(site: Site, *arguments: str, wrapper: Sequence[str] = ()) -> str:
+    """The message of a deploy that is refused, with its line breaks undone; nothing has changed."""
+    before = site.files()
+    done = site.deploy(*arguments, wrapper=wrapper)
+    assert done.returncode == 2, done.stdout
+    assert site.files() == before
+    assert "Traceback" not in done.stdout
+    assert "Remedy: " in done.stdout
+    with pytest.raises(KeyError):
+        pwd.getpwnam(USER)
+    return " ".join(done.stdout.split())
 
 
-def test_port_in_use(deploy: Deploy) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = deploy(kit_port_base=port)
-    assert str(port) in said
-    assert f"pid {os.getpid()}" in said or str(os.getpid()) in said, "the process that holds the port should be named"
+def test_unknown_release(site: Site) -> None:
+    site.settings["dify_release"] = "9.9.9"
+    message = refused(site)
+    assert "One problem. No host was touched, nothing was changed." in message
+    assert "Dify release '9.9.9' is unknown" in message
+    assert "1.14.2, 1.16.0" in message
 
 
-def test_unwritable_home(deploy: Deploy) -> None:
-    # Nobody can make a folder there, not even root.
-    said = deploy(kit_home="/proc/kit")
-    assert "/proc" in said
-    assert "Remedy" in said
+def test_release_with_an_open_advisory(site: Site) -> None:
+    site.settings["dify_release"] = "1.14.2"
+    message = refused(site)
+    assert "CVE-2026-41948" in message
+    assert "dify_acknowledged_advisories: [GHSA-gvc6-fh3x-89xh]" in message
 
 
-def test_unreachable_source(deploy: Deploy) -> None:
-    said = deploy(dify_source_repository="http://127.0.0.1:9/dify")
-    assert "http://127.0.0.1:9/dify" in said
-    for way_out in ("insteadOf", "DIFY=skip", "archive"):
-        assert way_out in said, f"{way_out} should be named as a way out"
+def test_misspelt_variable(site: Site) -> None:
+    site.settings["postgress_port"] = 5432
+    message = refused(site)
+    assert "postgress_port is not a variable of the kit" in message
+    assert "settings.yml, line" in message
+    assert "did you mean postgres_port" in message
 
 
-def test_too_little_disk(deploy: Deploy, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    # In a mount namespace of its own the deploy sees a file system of one GiB; it vanishes with the process.
-    inside = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=1g,mode=1777 none {small} && exec "$@"', "sh"]
-    if subprocess.run([*inside, "true"], capture_output=True).returncode:
-        pytest.skip("no right to mount a small file system here: run as root, or in a container with CAP_SYS_ADMIN")
-    said = deploy(inside, kit_home=str(small / "kit"), kit_cache=str(small / "cache"))
-    assert str(small) in said
-    assert "larger disk" in said
+def test_wrong_type(site: Site) -> None:
+    site.settings["kit_port_base"] = "many"
+    message = refused(site)
+    assert "One problem." in message
+    assert "kit_port_base must be a whole number, but it is 'many'" in message
 
 
-def test_all_problems_come_at_once(deploy: Deploy) -> None:
-    said = deploy(dify_relaese="1.16.0", kit_port_base="eighty", dify_release="9.9.9")
-    for name in ("dify_relaese", "kit_port_base", "9.9.9"):
-        assert name in said
+def test_wrong_value_on_the_command_line(site: Site) -> None:
+    message = refused(site, "-e", "dify_mode=sorce")
+    assert "Where: command line (-e)" in message
+    assert "did you mean source?" in message
+
+
+def test_all_static_problems_at_once(site: Site) -> None:
+    site.settings |= {
+        "dify_public_url": "dify.example.com/",
+        "kit_hom": "/x",
+        "dify_release": "2",
+        "dify_mode": "compose",
+    }
+    assert "4 problems. No host was touched" in refused(site)
+
+
+def test_secrets_that_others_may_read(site: Site) -> None:
+    path = site.inventory / "group_vars/kit/secrets.yml"
+    path.write_text("kit_secret_redis: abcdefgh\n")
+    path.chmod(0o644)
+    assert "chmod 600" in refused(site)
+
+
+def test_an_inventory_without_hosts(site: Site) -> None:
+    (site.inventory / "hosts.yml").write_text("kit: {hosts: {}}\n")
+    assert "no host in the group kit" in refused(site)
+
+
+# --- what only the host knows ---------------------------------------------------------------------
+
+
+def test_port_in_use(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        site.settings["redis_port"] = port
+        message = refused(site)
+    assert f"Port {port} (redis_port) is held by" in message
+    assert f"pid {os.getpid()}" in message
+
+
+def test_unwritable_home(site: Site) -> None:
+    locked = site.folder / "locked"
+    locked.mkdir(mode=0o500)
+    site.settings["kit_home"] = str(locked / "kit-home")
+    assert f"cannot write to {locked}, where kit_home is to be" in refused(site)
+
+
+def test_unreachable_source(site: Site) -> None:
+    site.settings["dify_source_repository"] = "http://127.0.0.1:1/langgenius/dify"
+    message = refused(site)
+    assert "Dify's source cannot be used:" in message
+    for way_out in ("insteadOf", "dify_source_archive", "kit_cache/builds", "make deploy DIFY=skip"):
+        assert way_out in message
+
+
+def test_too_little_disk(site: Site) -> None:
+    small = site.folder / "home"
+    small.mkdir(mode=0o755)
+    mount = f'mount -t tmpfs -o size=50m,mode=1777 none {small} && exec "$@"'
+    wrapper = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here; it takes root")
+    site.settings |= {"kit_home": str(small / "kit-home"), "kit_cache": str(small / "kit-cache")}
+    message = refused(site, wrapper=wrapper)
+    assert f"kit_home ({small}/kit-home) and kit_cache ({small}/kit-cache) need" in message
+    assert "50 MB are free" in message
+
+
+def test_lost_secrets(site: Site) -> None:
+    data = site.folder / "kit-home" / "var" / "postgres"
+    data.mkdir(parents=True)
+    (data / "PG_VERSION").write_text("16\n")
+    runtime = site.folder / "kit-home" / "runtime"
+    runtime.mkdir()
+    (runtime / "state.json").write_text("{}\n")
+    if os.geteuid() == 0:
+        ordinary = [user for user in pwd.getpwall() if 1000 <= user.pw_uid < 60000 and user.pw_shell.endswith("sh")]
+        if not ordinary:
+            pytest.skip("no ordinary user here whom the data could belong to")
+        site.settings |= {"kit_user": ordinary[0].pw_name, "kit_user_home": ordinary[0].pw_dir}
+        for path in (site.folder, site.folder / "kit-home", data.parent, data, runtime):
+            shutil.chown(path, ordinary[0].pw_uid)
+    site.settings["dify_mode"] = "skip"
+    message = refused(site)
+    assert "needs secrets that the site no longer has" in message
+    assert "kit_secret_dify_secret_key" in message
