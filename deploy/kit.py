@@ -197,13 +197,12 @@ def prune_models(folder: Path, arguments: list[str]) -> int:
     """List or delete what earlier models and engines have left on each host; the worst exit status."""
     worst = 0
     for name, host in site_state(folder)["hosts"].items():
-        service = host["model_service"]
-        if "cache" not in service:
-            fail(f"{name} was deployed by a kit that did not note this yet.\nRemedy: make deploy")
+        service = noted(name, host, "model_service")
+        cache = noted(name, service, "cache")
         if len(site_state(folder)["hosts"]) > 1:
             print(f"--- {name}")
         command = [service["python"], "-m", "inference", "prune", f"--home={host['kit_home']}"]
-        command += [f"--cache={service['cache']}", *arguments]
+        command += [f"--cache={cache}", *arguments]
         worst = max(worst, subprocess.run(as_service_user(host, command)).returncode)
     return MEND if worst else 0
 

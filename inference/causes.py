@@ -76,6 +76,12 @@ CAUSES = (
         "`dmesg | grep -i 'killed process'` tells for sure; then more memory or a smaller inference_kv_cache_gib",
     ),
     Cause(
+        r"RPC call to (?P<step>execute_model|sample_tokens) timed out",
+        "a step of the model was not done in the five minutes after which vLLM gives up",
+        "without a GPU, leave the engine more of the host's processors (`top` shows what takes them); with one, "
+        "`dmesg | grep -i xid` tells whether it hangs",
+    ),
+    Cause(
         r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|MemoryError\b",
         "the host ran out of memory",
         "more memory, a smaller inference_kv_cache_gib, or fewer other programs",

@@ -119,9 +119,10 @@ class Model:
         try:
             return self.engines[hardware]
         except KeyError:
+            able = [name for name in ids() if hardware in load(name).engines]
             raise Problem(
                 f"{self.id} does not run on {hardware}; its catalog entry knows {', '.join(sorted(self.engines))}. "
-                "Remedy: choose another model (inference_model)."
+                f"Remedy: a host with that, or another model (inference_model): {', '.join(able)}."
             ) from None
 
 

@@ -10,12 +10,21 @@ import plugin_package
 import pytest
 import yaml
 
-from tests.e2e.harness import STEP, TIMINGS, WORK, Person, Timing, say
+from tests.e2e.harness import PICTURE_QUESTION, STEP, TIMINGS, WORK, Person, Timing, say
 
 HOUR = 3600
 PLACES = 10
 # No kill comes later than that into its step: a first deploy's builds take minutes, the same ones cached do not.
 LATEST_KILL = 10.0
+MODEL = "tiny-kimi-vl"
+# What its chat template makes of the question, without the picture's tokens.
+PROMPT = (
+    "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
+    "<|im_user|>user<|im_middle|><|media_start|>image<|media_content|><|media_end|>"
+    f"{PICTURE_QUESTION}<|im_end|><|im_assistant|>assistant<|im_middle|>"
+)
+# Kimi-VL has a token for each 28 x 28 pixels, and the picture has 280 x 224.
+PICTURE_TOKENS = 80
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +156,7 @@ def after(steps: int, seconds: float) -> Callable[[str], float | None]:
     return watch
 
 
+@pytest.mark.long
 def test_deploy_killed_at_ten_places_converges(deployed: tuple[Person, str]) -> None:
     person, answer = deployed
     person.restore_network()
@@ -168,3 +178,13 @@ def test_deploy_killed_at_ten_places_converges(deployed: tuple[Person, str]) -> 
     again = person.make("deploy", 600, title="nothing to do after ten kills")
     assert again.changed == 0, f"it changed something:\n{again.tail()}"
     person.make("check", 600)
+
+
+def test_another_model_that_sees(deployed: tuple[Person, str]) -> None:
+    """By every way the prompt has the tokens of its text and of its picture. The last test of this user."""
+    person, _ = deployed
+    person.make(f"model MODEL={MODEL}", 900, title="make model: another engine, Dify follows")
+    assert person.facts["model"] == MODEL
+    expected = person.text_tokens(PROMPT) + PICTURE_TOKENS
+    assert set(person.picture_tokens().values()) == {expected}
+    person.make("check", 600, title="make check of a model that sees")

@@ -27,6 +27,7 @@ ON_PROCESSORS = {
     "weights-of-another-model": (r"another model's than config\.json describes", "make deploy"),
     "architecture-unknown": (r"doesn't have the model's architecture \('NoSuchForCausalLM'\)", "another model"),
     "process-killed": (r"was killed \(signal 9\), as the kernel does when the host's memory is short", "dmesg"),
+    "step-too-slow": (r"a step of the model was not done in the five minutes", "top"),
 }
 ON_GPUS = {
     # vllm-project/vllm#20305, pytorch/pytorch#175666
