@@ -437,6 +437,25 @@ def queues(home: str) -> dict[str, list[str]]:
     return {worker: [queue["name"] for queue in consumed] for worker, consumed in replies.items()}
 
 
+def egress(home: str, urls: list[str]) -> dict[str, str]:
+    """What Dify's own client for HTTP nodes and remote files gets at each address. Runs with the API's own Python."""
+    api = os.path.join(home, "current", "api")
+    os.environ.update(env(home, "api"))
+    os.chdir(api)
+    sys.path.insert(0, api)
+    from core.helper import ssrf_proxy  # type: ignore[import-not-found]  # Dify's own
+
+    found = {}
+    for url in urls:
+        try:
+            answer = ssrf_proxy.get(url, max_retries=0, timeout=20)
+        except ssrf_proxy.request_error as error:
+            found[url] = str(error)
+        else:
+            found[url] = f"{answer.status_code} {answer.headers.get('x-smokescreen-error', '')}".strip()
+    return found
+
+
 if __name__ == "__main__":
     question, parameters = sys.argv[1], json.loads(sys.argv[2])
     print(json.dumps(globals()[question](**parameters)))

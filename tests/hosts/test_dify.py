@@ -1,5 +1,6 @@
 """Dify answers: page, queues, plugin and the sample app, in one piece and streamed."""
 
+import ipaddress
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def test_a_picture_reaches_the_model_whole(kit: KitHost) -> None:
         f"{answer['direct_tokens']} asked directly: something changes the picture or the question on its way"
     )
     assert answer["direct_tokens"] > answer["text_tokens"] > 0, "the picture has no tokens: the model did not see it"
+
+
+@pytest.mark.deep
+@pytest.mark.service("egress")
+def test_apps_do_not_reach_the_inside(kit: KitHost) -> None:
+    opened = [ipaddress.ip_network(entry) for entry in kit.facts["egress_allow"]]
+    addresses = [
+        address
+        for address in ("127.0.0.1", "169.254.169.254", "10.0.0.1")
+        if not any(ipaddress.ip_address(address) in network for network in opened if network.version == 4)
+    ]
+    urls = [f"{scheme}://{address}:{kit.ports['gateway']}" for address in addresses for scheme in ("http", "https")]
+    found = kit.probe("egress", python="current/api/.venv/bin/python", urls=urls)
+    reached = {url: answer for url, answer in found.items() if not answer.startswith("407")}
+    assert not reached, f"not refused by the egress proxy: {reached}. Read `make logs SERVICE=egress`."

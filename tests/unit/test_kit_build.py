@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -87,6 +88,17 @@ def test_parts_are_built_side_by_side_where_memory_allows(tmp_path: Path, memory
     assert last["argv"] == ["python", "kit_build.py", "plugin-daemon", "spec.json"]
     assert last["after"] == after
     assert last["creates"].startswith(f"{tmp_path}/home/releases/1.16.0/plugin-daemon/")
+
+
+def test_a_part_of_the_kits_own_pins_depends_on_them_alone(tmp_path: Path) -> None:
+    def locked(lock: str, **dify: str) -> Spec:
+        return dataclasses.replace(spec(tmp_path, **dify), locks={"egress": lock})
+
+    assert locked("a").key("egress") == locked("a", tag="1.17.0").key("egress")
+    assert locked("a").key("egress") != locked("b").key("egress")
+    assert "egress" not in spec(tmp_path).parts()
+    jobs = kit_build.jobs(locked("a"), ["python", "kit_build.py", "spec.json"], {}, 24_000)
+    assert jobs[-1]["argv"] == ["python", "kit_build.py", "egress", "spec.json"]
 
 
 # --- Sources --------------------------------------------------------------------------------------------------------

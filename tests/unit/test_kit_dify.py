@@ -39,6 +39,7 @@ COMMON: dict[str, Any] = {
 def dify(**changes: Any) -> dict[str, Any]:
     own = {
         "public_url": "",
+        "egress_url": "http://127.0.0.1:15",
         "internal_files_url": "http://127.0.0.1:0",
         "web_port": 2,
         "secret_key": "secret-key",
@@ -201,3 +202,9 @@ def test_pools_cover_the_requests_and_the_database_covers_the_pools(cores: int, 
     assert found.pool + found.overflow >= 2.5 * found.connections
     assert found.max_connections >= (found.workers + 1) * (found.pool + found.overflow) + kit_dify.DAEMON_POOL
     assert kit_dify.size(2, 24_000).max_connections == 200  # what was measured
+
+
+def test_dify_asks_others_through_the_egress_proxy_whatever_no_proxy_says() -> None:
+    env = kit_dify.api_env(dify())
+    names = ("SSRF_PROXY_ALL_URL", "SSRF_PROXY_HTTP_URL", "SSRF_PROXY_HTTPS_URL")
+    assert {env[name] for name in names} == {"http://127.0.0.1:15"}

@@ -36,12 +36,13 @@ except ImportError:  # on the host the three files lie side by side, and there i
 # Raise it when this file builds something else from the same inputs.
 FORMAT = 1
 MANIFEST = "kit-build.json"
-DIFY, DAEMON = "dify", "plugin-daemon"
+DIFY, DAEMON, EGRESS = "dify", "plugin-daemon", "egress"
 # Which source each part is built from, and its title for people.
 PARTS = {
     "web": (DIFY, "web bundle"),
     "api": (DIFY, "API with its packages"),
     "plugin-daemon": (DAEMON, "plugin daemon"),
+    "egress": (EGRESS, "egress proxy"),
 }
 # Node's own limit; what the bundler takes outside of it comes on top.
 WEB_HEAP_MB = 4096
@@ -91,6 +92,8 @@ class Spec:
         python: the interpreter that the API's venv will use on this host.
         adjust: which of the release's adjustments are wanted, see ``kit_release.choose_adjustments``.
         release, env_keys: the release's data files, which the sources must agree with.
+        locks: of each source that is a Go module of the kit's own pins (``home``/runtime/build/<name>), the digest of
+            its go.mod and go.sum.
     """
 
     home: Path
@@ -101,6 +104,7 @@ class Spec:
     env_keys: dict[str, list[str]]
     version: str
     sources: dict[str, Source]
+    locks: dict[str, str]
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> Spec:
@@ -115,18 +119,26 @@ class Spec:
             raw["env_keys"],
             str(raw["version"]),
             sources,
+            raw.get("locks", {}),
         )
+
+    def parts(self) -> list[str]:
+        """The parts that this site has."""
+        return [part for part, (name, _) in PARTS.items() if name in self.sources or name in self.locks]
 
     def key(self, part: str) -> str:
         """Digest of what a part depends on."""
         name = PARTS[part][0]
+        if name in self.locks:
+            return _digest([FORMAT, part, self.locks[name]])
         adjustments = [self.adjust, self.release["adjustments"]] if name == DIFY else []
         return _digest([FORMAT, part, self.sources[name].identity(), adjustments])
 
     def build(self, part: str) -> Path:
         """Where a part lies in the cache once it is built."""
-        tag = self.sources[PARTS[part][0]].tag
-        return self.cache / "builds" / f"{part}-{tag}-{platform.machine()}-{self.key(part)}"
+        name = PARTS[part][0]
+        words = [part, *([self.sources[name].tag] if name in self.sources else []), platform.machine(), self.key(part)]
+        return self.cache / "builds" / "-".join(words)
 
     def tree(self) -> Path:
         """Where the fetched and adjusted sources lie."""
@@ -149,16 +161,17 @@ def jobs(spec: Spec, program: list[str], environment: dict[str, str], memory_mb:
     doesn't allow both.
     """
     cramped = memory_mb < WEB_PEAK_MB + OTHERS_PEAK_MB
+    parts = spec.parts()
     return [
         {
             "name": part,
-            "title": title,
+            "title": PARTS[part][1],
             "argv": [*program[:-1], part, program[-1]],
             "environment": environment,
             "creates": str(spec.marker(part)),
-            "after": list(PARTS)[:index] if cramped else [],
+            "after": parts[:index] if cramped else [],
         }
-        for index, (part, (_, title)) in enumerate(PARTS.items())
+        for index, part in enumerate(parts)
     ]
 
 
@@ -463,10 +476,23 @@ def build_daemon(spec: Spec, tree: Path, work: Path, out: Path) -> None:
         )
 
 
+def build_egress(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """The egress proxy, out of the Go module proxy: go.sum holds the hash of everything."""
+    del spec, work
+    out.mkdir()
+    package = "github.com/stripe/smokescreen"
+    run(
+        ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", "-s -w", "-o", str(out / "smokescreen"), package],
+        tree,
+        CGO_ENABLED="0",
+    )
+
+
 BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
     "web": build_web,
     "api": build_api,
     "plugin-daemon": build_daemon,
+    "egress": build_egress,
 }
 
 
@@ -477,12 +503,12 @@ def build(spec: Spec, part: str) -> Path:
         if not target.exists():
             started = time.monotonic()
             name = PARTS[part][0]
-            sources = ensure_sources(spec)
+            sources = spec.home / "runtime/build" if name in spec.locks else ensure_sources(spec)
             work = fresh(spec.cache / "work" / target.name)
             out = work / "out"
             (work / "tree").mkdir()
             BUILDERS[part](spec, sources / name, work / "tree", out)
-            manifest = json.loads((sources / f"{name}.json").read_text())
+            manifest = {} if name in spec.locks else json.loads((sources / f"{name}.json").read_text())
             manifest |= {"part": part, "key": spec.key(part), "seconds": round(time.monotonic() - started)}
             (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             (out / spec.marker(part).name).touch()

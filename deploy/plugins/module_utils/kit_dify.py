@@ -110,6 +110,9 @@ _WIRED = {
         "SERVER_WORKER_AMOUNT": "dify_source_api_workers",
         "SERVER_WORKER_CONNECTIONS": "dify_source_api_connections",
         "CELERY_WORKER_AMOUNT": "dify_source_worker_tasks",
+        "SSRF_PROXY_ALL_URL": "egress_allow",
+        "SSRF_PROXY_HTTP_URL": "egress_allow",
+        "SSRF_PROXY_HTTPS_URL": "egress_allow",
         "SQLALCHEMY_POOL_SIZE": "dify_source_api_connections",
         "SQLALCHEMY_MAX_OVERFLOW": "dify_source_api_connections",
     },
@@ -248,6 +251,9 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "CHECK_UPDATE_URL": "",
         "SCARF_NO_ANALYTICS": True,
         "SWAGGER_UI_ENABLED": False,
+        # The first counts for nearly everything. Without it Dify's client would go past the proxy to whatever NO_PROXY
+        # names, which is this host; the few places that know only the other two read them.
+        **dict.fromkeys(("SSRF_PROXY_ALL_URL", "SSRF_PROXY_HTTP_URL", "SSRF_PROXY_HTTPS_URL"), site["egress_url"]),
         "CODE_EXECUTION_ENDPOINT": NOWHERE,
         "AGENT_BACKEND_BASE_URL": NOWHERE,
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from .kit_egress import range_problem
 from .kit_report import Problem
 
 #: An option of an argument specification: ``{"type": "int", "choices": [...], ...}``.
@@ -171,6 +172,12 @@ def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
             return [Problem(what, where, "choose a number from 1024 to 65500, and let a proxy of yours forward to it.")]
         if name == "kit_port_base" and number > 65500:
             return [Problem(f"{name} is {number}; the ports after it end at 65535.", where, "choose 65500 or less.")]
+    if name == "egress_allow":
+        return [
+            Problem(f"{name} has {_shown(entry)}: {reason}.", where, "write ranges as 10.20.0.0/16, or 10.20.1.7")
+            for entry in value
+            if (reason := range_problem(entry))
+        ]
     if spec.get("type") == "path" and value and not PLAIN_PATH.fullmatch(value):
         if not value.startswith("/"):
             return [Problem(f"{name} is {_shown(value)}, which is not absolute.", where, "write it from / on.")]
