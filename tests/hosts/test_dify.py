@@ -100,3 +100,30 @@ def test_apps_do_not_reach_the_inside(kit: KitHost) -> None:
     found = kit.probe("egress", python="current/api/.venv/bin/python", urls=urls)
     reached = {url: answer for url, answer in found.items() if not answer.startswith("407")}
     assert not reached, f"not refused by the egress proxy: {reached}. Read `make logs SERVICE=egress`."
+
+
+# Whether it sees a file, whether it reaches a port of this host; in this order, "no" for what must not be.
+PYTHON = """
+import os, socket
+print(6 * 7)
+try:
+    print(len(os.listdir({home!r})))
+except OSError:
+    print("no")
+try:
+    print(socket.create_connection(("127.0.0.1", {port}), 5))
+except OSError:
+    print("no")
+"""
+
+
+@pytest.mark.service("sandbox")
+def test_code_runs_apart_from_the_site(kit: KitHost) -> None:
+    text = PYTHON.format(home=f"{kit.home}/etc", port=kit.ports["postgres"])
+    found = kit.probe("code", port=kit.ports["sandbox"], runs={"python3": text, "nodejs": "console.log(6 * 7)"})
+    said = {language: answer["stdout"].split() for language, answer in found.items()}
+    assert said["nodejs"] == ["42"], f"JavaScript: {found['nodejs']}. Read `make logs SERVICE=sandbox`."
+    assert said["python3"][:1] == ["42"], f"Python: {found['python3']}. Read `make logs SERVICE=sandbox`."
+    assert said["python3"] == ["42", "no", "no"], (
+        f"code sees the site's files or reaches its services: {said['python3']}"
+    )

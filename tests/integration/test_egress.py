@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import http.server
-import shutil
 import socket
 import socketserver
 import struct
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ansible.module_utils import kit_build, kit_egress
+from ansible.module_utils import kit_egress
 
-from .conftest import REPO
+from .conftest import free_port, running
 
-ROLE = REPO / "roles" / "egress"
 # Names that the test's own name server knows.
 NAMES = {
     "loopback.test": "127.0.0.1",
@@ -109,26 +102,6 @@ class NameServer(socketserver.BaseRequestHandler):
         sock.sendto(header + query[12 : at + 5] + record, self.client_address)
 
 
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as a deploy builds it, with the machine's own Go and Go's own cache."""
-    if not shutil.which("go"):
-        pytest.skip("no `go` on this machine's PATH to build the egress proxy with; any from 1.26 on will do")
-    root = tmp_path_factory.mktemp("egress")
-    modules = root / "home/runtime/build/egress"
-    shutil.copytree(ROLE / "files", modules)
-    lock = hashlib.sha256(b"".join((modules / name).read_bytes() for name in ("go.mod", "go.sum"))).hexdigest()
-    raw: dict[str, Any] = {
-        "home": str(root / "home"),
-        "cache": str(root / "cache"),
-        "python": sys.executable,
-        "adjust": "never",
-    }
-    raw |= {"release": {}, "env_keys": {}, "version": "0", "sources": {}, "locks": {"egress": lock}}
-    built: Path = kit_build.build(kit_build.Spec.load(raw), "egress")
-    return built / "smokescreen"
-
-
 @contextlib.contextmanager
 def serving(server: socketserver.TCPServer | socketserver.UDPServer) -> Iterator[int]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -146,36 +119,12 @@ def inside() -> Iterator[int]:
         yield port
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(command: list[str], port: int, **environment: str) -> Iterator[int]:
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
-                break
-            assert process.poll() is None, f"ended {process.returncode}"
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
-def egress(binary: Path) -> Iterator[int]:
+def egress(smokescreen: Path) -> Iterator[int]:
     """The proxy's port; the site has opened 127.0.0.2."""
     port = free_port()
     with serving(socketserver.UDPServer(("127.0.0.1", 0), NameServer)) as dns:
-        command = kit_egress.command(str(binary), port, ["127.0.0.2"])
+        command = kit_egress.command(str(smokescreen), port, ["127.0.0.2"])
         with running([*command, "--resolver-address", f"127.0.0.1:{dns}"], port):
             yield port
 
@@ -248,7 +197,7 @@ def test_a_client_cannot_choose_a_proxy_inside(egress: int) -> None:
             chosen.accept()
 
 
-def test_the_sites_proxy_gets_what_is_allowed(binary: Path) -> None:
+def test_the_sites_proxy_gets_what_is_allowed(smokescreen: Path) -> None:
     asked: list[str] = []
 
     class Upstream(http.server.BaseHTTPRequestHandler):
@@ -264,7 +213,7 @@ def test_the_sites_proxy_gets_what_is_allowed(binary: Path) -> None:
     port = free_port()
     with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream)) as upstream:
         proxy = f"http://me:secret@127.0.0.1:{upstream}"
-        command = kit_egress.command(str(binary), port, ["10.9.9.9"], [proxy])
+        command = kit_egress.command(str(smokescreen), port, ["10.9.9.9"], [proxy])
         with running(command, port, HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.1"):
             assert through(port, "http://10.9.9.9/x") == (200, "from outside")
             assert through(port, "http://10.9.9.8/x")[0] == 407

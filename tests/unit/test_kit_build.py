@@ -201,7 +201,7 @@ def built_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Bui
     (sources / "dify.json").write_text(json.dumps({"commit": COMMIT, "notices": ["adjusted"]}))
 
     def use(builder: Builder) -> Spec:
-        monkeypatch.setattr(kit_build, "ensure_sources", lambda _: sources)
+        monkeypatch.setattr(kit_build, "ensure_sources", lambda *_: sources)
         monkeypatch.setitem(kit_build.BUILDERS, "web", builder)
         return spec(tmp_path)
 

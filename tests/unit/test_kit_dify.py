@@ -40,6 +40,8 @@ def dify(**changes: Any) -> dict[str, Any]:
     own = {
         "public_url": "",
         "egress_url": "http://127.0.0.1:15",
+        "sandbox_url": "",
+        "sandbox_key": "sandbox-secret",
         "internal_files_url": "http://127.0.0.1:0",
         "web_port": 2,
         "secret_key": "secret-key",

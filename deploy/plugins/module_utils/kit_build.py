@@ -28,22 +28,26 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from ansible.module_utils import kit_release, kit_release_source
-except ImportError:  # on the host the three files lie side by side, and there is no Ansible
+    from ansible.module_utils import kit_fetch, kit_release, kit_release_source
+except ImportError:  # on the host the files lie side by side, and there is no Ansible
+    import kit_fetch  # type: ignore[import-not-found]
     import kit_release  # type: ignore[import-not-found]
     import kit_release_source  # type: ignore[import-not-found]
 
 # Raise it when this file builds something else from the same inputs.
 FORMAT = 1
 MANIFEST = "kit-build.json"
-DIFY, DAEMON, EGRESS = "dify", "plugin-daemon", "egress"
+DIFY, DAEMON, EGRESS, SANDBOX = "dify", "plugin-daemon", "egress", "sandbox"
 # Which source each part is built from, and its title for people.
 PARTS = {
     "web": (DIFY, "web bundle"),
     "api": (DIFY, "API with its packages"),
     "plugin-daemon": (DAEMON, "plugin daemon"),
     "egress": (EGRESS, "egress proxy"),
+    "sandbox": (SANDBOX, "sandbox"),
 }
+# The venvs of parts, which run with this host's interpreter.
+VENVS = {"api": ".venv", "sandbox": "venv"}
 # Node's own limit; what the bundler takes outside of it comes on top.
 WEB_HEAP_MB = 4096
 # Observed peaks: 1.16.0's web build on two cores, and the daemon's and the API's together.
@@ -81,7 +85,7 @@ class Source:
 
     def variable(self, suffix: str) -> str:
         """The name of the site's variable, for remedies."""
-        return f"{'plugin_daemon' if self.name == DAEMON else 'dify_source'}_{suffix}"
+        return f"{ {DIFY: 'dify_source', DAEMON: 'plugin_daemon'}.get(self.name, self.name) }_{suffix}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ class Spec:
         python: the interpreter that the API's venv will use on this host.
         adjust: which of the release's adjustments are wanted, see ``kit_release.choose_adjustments``.
         release, env_keys: the release's data files, which the sources must agree with.
-        locks: of each source that is a Go module of the kit's own pins (``home``/runtime/build/<name>), the digest of
-            its go.mod and go.sum.
+        locks: what else a source stands for: the digest of the kit's own pins of it, which lie in
+            ``home``/runtime/build/<name>. The egress proxy's go.mod and go.sum are its whole source.
     """
 
     home: Path
@@ -129,8 +133,10 @@ class Spec:
     def key(self, part: str) -> str:
         """Digest of what a part depends on."""
         name = PARTS[part][0]
-        if name in self.locks:
+        if name not in self.sources:
             return _digest([FORMAT, part, self.locks[name]])
+        if name in self.locks:
+            return _digest([FORMAT, part, self.sources[name].identity(), self.locks[name]])
         adjustments = [self.adjust, self.release["adjustments"]] if name == DIFY else []
         return _digest([FORMAT, part, self.sources[name].identity(), adjustments])
 
@@ -140,10 +146,13 @@ class Spec:
         words = [part, *([self.sources[name].tag] if name in self.sources else []), platform.machine(), self.key(part)]
         return self.cache / "builds" / "-".join(words)
 
-    def tree(self) -> Path:
-        """Where the fetched and adjusted sources lie."""
-        inputs = [[source.identity() for source in self.sources.values()], self.adjust, self.release["adjustments"]]
-        return self.cache / "src" / f"{self.version}-{_digest(inputs)}"
+    def tree(self, name: str) -> Path:
+        """Where a source lies, fetched and adjusted: Dify and its daemon, checked together, or the sandbox."""
+        if name == SANDBOX:
+            source = self.sources[name]
+            return self.cache / "src" / f"{name}-{source.tag}-{_digest(source.identity())}"
+        both = [self.sources[name].identity() for name in (DIFY, DAEMON)]
+        return self.cache / "src" / f"{self.version}-{_digest([both, self.adjust, self.release['adjustments']])}"
 
     def installed(self, part: str) -> Path:
         """Where a part of the release lies under the site's home."""
@@ -246,16 +255,22 @@ def fresh(folder: Path) -> Path:
 # --- Sources --------------------------------------------------------------------------------------------------------
 
 
-def ensure_sources(spec: Spec) -> Path:
-    """Fetch, verify, check and adjust the sources unless the cache has them; return their common folder."""
-    tree = spec.tree()
+def ensure_sources(spec: Spec, wanted: str) -> Path:
+    """Fetch, verify, check and adjust a source and its like unless the cache has them; return their common folder."""
+    if wanted not in spec.sources:
+        return spec.home / "runtime/build"
+    tree = spec.tree(wanted)
     with locked(spec.cache / "locks" / f"src-{tree.name}"):
         if not tree.exists():
             work = fresh(tree.with_name(f".{tree.name}.partial"))
-            found = {name: fetch(source, work / name) for name, source in spec.sources.items()}
-            check(spec, work)
-            notices = adjust(spec, work / DIFY)
-            for name, source in spec.sources.items():
+            names = (SANDBOX,) if wanted == SANDBOX else (DIFY, DAEMON)
+            found = {name: fetch(spec.sources[name], work / name) for name in names}
+            notices = []
+            if wanted != SANDBOX:
+                check(spec, work)
+                notices = adjust(spec, work / DIFY)
+            for name in names:
+                source = spec.sources[name]
                 note = (
                     []
                     if found[name] == source.commit
@@ -488,11 +503,56 @@ def build_egress(spec: Spec, tree: Path, work: Path, out: Path) -> None:
     )
 
 
+def from_npm(spec: Spec, artefact: Any, folder: Path) -> Path:
+    """Unpack a package of the npm registry, verified by its hash, into ``folder``; return the package's own folder."""
+    try:
+        archive = kit_fetch.fetch(artefact, spec.cache / "downloads", os.environ.get("NPM_CONFIG_REGISTRY", ""))
+    except kit_fetch.FetchError as error:
+        raise BuildError(str(error)) from None
+    run(["tar", "--extract", "--no-same-owner", "--file", str(archive)], fresh(folder))
+    return folder / "package"
+
+
+def build_sandbox(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """dify-sandbox as upstream's build script makes it, and the Python packages that user code may import."""
+    copy(tree, work)
+    runners = work / "internal/core/runner"
+    library = runners / "nodejs/dependens/node_temp"
+    # Its binary comes from npm; every run copies the package, so what no Linux of this kind reads is left out.
+    locked = json.loads((library / "package-lock.json").read_text())["packages"]["node_modules/koffi"]
+    artefact = kit_fetch.Artefact("koffi", locked["version"], "npm", "koffi", locked["integrity"])
+    unpacked = from_npm(spec, artefact, work / "koffi")
+    package = library / "node_modules/koffi"
+    shutil.rmtree(package)
+    for file in ("package.json", "index.js", "indirect.js", "LICENSE.txt"):
+        copy(unpacked / file, package / file)
+    machine = {"x86_64": "linux_x64", "aarch64": "linux_arm64"}[platform.machine()]
+    copy(unpacked / "build/koffi" / machine, package / "build/koffi" / machine)
+    flags = ["-trimpath", "-ldflags", "-s -w"]
+    for language in ("python", "nodejs"):
+        target = f"internal/core/runner/{language}/{language}.so"
+        run(
+            ["go", "build", *flags, "-buildmode=c-shared", "-o", target, f"./cmd/lib/{language}"], work, CGO_ENABLED="1"
+        )
+    out.mkdir()
+    run(["go", "build", *flags, "-o", str(out / "main"), "./cmd/server"], work, CGO_ENABLED="1")
+    # Its list of allowed system calls was made for this Node; a newer one is killed.
+    pins = json.loads((spec.home / "runtime/build/sandbox/node.json").read_text())
+    pin = pins["platforms"][{"x86_64": "linux-x64", "aarch64": "linux-arm64"}[platform.machine()]]
+    node = from_npm(spec, kit_fetch.Artefact("node", pins["version"], "npm", pin["name"], pin["hash"]), work / "node")
+    copy(node / "bin/node", out / "node")
+    run(["uv", "venv", "--relocatable", "--python", os.path.realpath(spec.python), str(out / "venv")], work)
+    requirements = spec.home / "runtime/build/sandbox/requirements.txt"
+    options = ["--require-hashes", "--compile-bytecode", "--python", str(out / "venv/bin/python")]
+    run(["uv", "pip", "sync", *options, str(requirements)], work)
+
+
 BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
     "web": build_web,
     "api": build_api,
     "plugin-daemon": build_daemon,
     "egress": build_egress,
+    "sandbox": build_sandbox,
 }
 
 
@@ -503,12 +563,14 @@ def build(spec: Spec, part: str) -> Path:
         if not target.exists():
             started = time.monotonic()
             name = PARTS[part][0]
-            sources = spec.home / "runtime/build" if name in spec.locks else ensure_sources(spec)
+            sources = ensure_sources(spec, name)
             work = fresh(spec.cache / "work" / target.name)
             out = work / "out"
             (work / "tree").mkdir()
             BUILDERS[part](spec, sources / name, work / "tree", out)
-            manifest = {} if name in spec.locks else json.loads((sources / f"{name}.json").read_text())
+            manifest: dict[str, Any] = {"notices": []}
+            if name in spec.sources:
+                manifest = json.loads((sources / f"{name}.json").read_text())
             manifest |= {"part": part, "key": spec.key(part), "seconds": round(time.monotonic() - started)}
             (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             (out / spec.marker(part).name).touch()
@@ -544,8 +606,8 @@ def install(spec: Spec, part: str) -> None:
             shutil.rmtree(rest, ignore_errors=True)
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(build(spec, part), new, symlinks=True, copy_function=link_or_copy)
-        if part == "api":
-            use_interpreter(new / ".venv", Path(os.path.realpath(spec.python)))
+        if part in VENVS:
+            use_interpreter(new / VENVS[part], Path(os.path.realpath(spec.python)))
         if target.exists():
             target.rename(old)
         new.rename(target)

@@ -110,6 +110,8 @@ _WIRED = {
         "SERVER_WORKER_AMOUNT": "dify_source_api_workers",
         "SERVER_WORKER_CONNECTIONS": "dify_source_api_connections",
         "CELERY_WORKER_AMOUNT": "dify_source_worker_tasks",
+        "CODE_EXECUTION_ENDPOINT": "sandbox_mode",
+        "CODE_EXECUTION_API_KEY": "sandbox_api_key",
         "SSRF_PROXY_ALL_URL": "egress_allow",
         "SSRF_PROXY_HTTP_URL": "egress_allow",
         "SSRF_PROXY_HTTPS_URL": "egress_allow",
@@ -254,7 +256,8 @@ def api_env(site: Mapping[str, Any]) -> Env:
         # The first counts for nearly everything. Without it Dify's client would go past the proxy to whatever NO_PROXY
         # names, which is this host; the few places that know only the other two read them.
         **dict.fromkeys(("SSRF_PROXY_ALL_URL", "SSRF_PROXY_HTTP_URL", "SSRF_PROXY_HTTPS_URL"), site["egress_url"]),
-        "CODE_EXECUTION_ENDPOINT": NOWHERE,
+        "CODE_EXECUTION_ENDPOINT": site["sandbox_url"] or NOWHERE,
+        "CODE_EXECUTION_API_KEY": site["sandbox_key"],
         "AGENT_BACKEND_BASE_URL": NOWHERE,
     }
     return _network(site) | env | _own("dify_source_env", site, ("api", "web"), "api")

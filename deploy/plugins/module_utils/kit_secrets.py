@@ -23,6 +23,7 @@ SECRETS = {
     "kit_secret_dify_secret_key": "signs Dify's sessions and protects what it stores; never change it",
     "kit_secret_plugin_daemon_key": "what the API shows to the plugin daemon",
     "kit_secret_inner_api_key": "what the plugin daemon shows to the API",
+    "kit_secret_sandbox": "what the API shows to the sandbox",
 }
 #: Stored data cannot be used with another value of these.
 BOUND_TO_DATA = ADMIN_PASSWORD, "kit_secret_postgres_admin", "kit_secret_postgres", "kit_secret_dify_secret_key"
@@ -42,6 +43,7 @@ ON_HOST = {
         "SECRET_KEY": "kit_secret_dify_secret_key",
     },
     "inference.env": {"VLLM_API_KEY": "kit_secret_inference_api_key"},
+    "sandbox.env": {"API_KEY": "kit_secret_sandbox"},
     "postgres-admin.env": {"PGPASSWORD": "kit_secret_postgres_admin"},
 }
 

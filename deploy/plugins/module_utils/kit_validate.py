@@ -20,7 +20,7 @@ from .kit_report import Problem
 Spec = Mapping[str, Any]
 
 #: Secrets that somebody else gives out, in whatever form.
-FOREIGN_KEYS = ("provider_api_key", "inference_hub_token")
+FOREIGN_KEYS = ("provider_api_key", "inference_hub_token", "sandbox_api_key")
 SECRET_PREFIX = "kit_secret_"
 # Written by one program and read by many (URLs, env files, configuration): nothing that any of them would quote.
 SECRET_VALUE = re.compile(r"[A-Za-z0-9_.~-]+")
@@ -240,6 +240,20 @@ def _check_foreign_key(setting: Setting) -> list[Problem]:
         what = f"{name} holds a blank, a line break or a letter that HTTP cannot send."
         return [Problem(what, setting.where, "copy the key anew, in quotes and on one line.")]
     return []
+
+
+def check_sandbox(values: Mapping[str, Any], where: Mapping[str, str]) -> list[Problem]:
+    """The sandbox's mode and the address of one that runs elsewhere fit together."""
+    external, place = values.get("sandbox_mode") == "external", where.get("sandbox_mode", "sandbox_mode")
+    problems = []
+    for name in ("sandbox_url", "sandbox_api_key"):
+        if external and not values.get(name):
+            remedy = f"set {name} to that sandbox's, or sandbox_mode: auto."
+            problems.append(Problem(f"sandbox_mode is external, but {name} is empty.", place, remedy))
+        elif not external and name in where and values.get(name):
+            what = f"{name} is for a sandbox that runs elsewhere, but sandbox_mode is {values.get('sandbox_mode')}."
+            problems.append(Problem(what, where[name], "set sandbox_mode: external, or delete the line."))
+    return problems
 
 
 def check_key_file(name: str, path: str, mode: int) -> list[Problem]:
