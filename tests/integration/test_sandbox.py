@@ -135,16 +135,16 @@ def sandbox(smokescreen: Path, user: pwd.struct_passwd) -> Iterator[Sandbox]:
             finally:
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(10) == 0, (root / "log").read_text()
-        left = [pid for pid in Path("/proc").glob("[0-9]*/cmdline") if b"/sandbox/main" in quietly(pid)]
+        left = [line for line in Path("/proc").glob("[0-9]*/cmdline") if is_sandbox_of(user, line)]
         assert left == [], "the sandbox's processes outlived a stop"
     finally:
         shutil.rmtree(root)
 
 
-def quietly(path: Path) -> bytes:
+def is_sandbox_of(user: pwd.struct_passwd, line: Path) -> bool:
     with contextlib.suppress(OSError):
-        return path.read_bytes()
-    return b""
+        return line.stat().st_uid == user.pw_uid and line.read_bytes().startswith(b"/sandbox/main")
+    return False
 
 
 def wait_for_health(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
