@@ -80,7 +80,7 @@ def render(pins: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write vars/main/lock.yml and files/requirements.txt."""
+    """Write vars/main/lock.yml and files/requirements.txt, and the sandbox's."""
     lock: dict[str, Any] = yaml.safe_load(LOCK.read_text()) if LOCK.exists() else {}
     versions = {tool: set(pins) for tool, pins in lock.get("runtime_lock", {}).items()}
     for argument in arguments:
@@ -94,7 +94,8 @@ def main(arguments: list[str]) -> int:
     uv = Path(sys.executable).with_name("uv")  # the kit's own, in the same virtual environment
     options = ["--quiet", "--universal", "--python-version", "3.12", "--generate-hashes"]
     files = ["requirements.in", "--output-file", "requirements.txt", "--custom-compile-command", "make runtime-lock"]
-    subprocess.run([uv, "pip", "compile", *options, *files], cwd=ROLE / "files", check=True)
+    for role in ("runtime", "sandbox"):
+        subprocess.run([uv, "pip", "compile", *options, *files], cwd=ROLE.parent / role / "files", check=True)
     return 0
 
 

@@ -28,6 +28,7 @@ from module_utils.kit_release_source import SourceError, read_env_keys, read_sou
 RELEASES = Path(__file__).resolve().parents[1] / "releases"
 DIFY = "https://github.com/langgenius/dify"
 DAEMON = "https://github.com/langgenius/dify-plugin-daemon"
+SANDBOX = "https://github.com/langgenius/dify-sandbox"
 NPM = "https://registry.npmjs.org"
 
 HEADER = """\
@@ -112,6 +113,9 @@ def draft(
                 f"{part}.commit: kept; this checkout is {commit} (a mirror with its own history, or a moved tag)"
             )
         data[part] = {"commit": pinned, "repository": known.get(part, {}).get("repository", repository), "tag": tag}
+    sandbox, before = data["sandbox"], known.get("sandbox", {})
+    sandbox["commit"] = before.get("commit", FILL_IN) if before.get("version") == sandbox["version"] else FILL_IN
+    sandbox["repository"] = before.get("repository", SANDBOX)
     pnpm = found["toolchain"]["pnpm"]
     before = known.get("toolchain", {}).get("pnpm", {})
     pnpm["integrity"] = (

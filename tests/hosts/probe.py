@@ -668,6 +668,38 @@ def queues(home: str, workers: int) -> dict[str, list[str]]:
     return {worker: [queue["name"] for queue in consumed] for worker, consumed in replies.items()}
 
 
+def code(home: str, port: int, runs: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What code prints in the sandbox (``stdout``, ``error``), by its language, asked as Dify's API asks."""
+    key, found = env(home, "api")["CODE_EXECUTION_API_KEY"], {}
+    for language, text in runs.items():
+        body = {"language": language, "code": text, "preload": "", "enable_network": True}
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        headers = {"X-Api-Key": key, "Content-Type": "application/json"}
+        connection.request("POST", "/v1/sandbox/run", json.dumps(body), headers)
+        answer = json.loads(connection.getresponse().read())
+        found[language] = answer.get("data") or {"stdout": "", "error": str(answer.get("message"))}
+    return found
+
+
+def egress(home: str, urls: list[str]) -> dict[str, str]:
+    """What Dify's own client for HTTP nodes and remote files gets at each address. Runs with the API's own Python."""
+    api = os.path.join(home, "current", "api")
+    os.environ.update(env(home, "api"))
+    os.chdir(api)
+    sys.path.insert(0, api)
+    from core.helper import ssrf_proxy  # type: ignore[import-not-found]  # Dify's own
+
+    found = {}
+    for url in urls:
+        try:
+            answer = ssrf_proxy.get(url, max_retries=0, timeout=20)
+        except ssrf_proxy.request_error as error:
+            found[url] = str(error)
+        else:
+            found[url] = f"{answer.status_code} {answer.headers.get('x-smokescreen-error', '')}".strip()
+    return found
+
+
 if __name__ == "__main__":
     question, parameters = sys.argv[1], json.loads(sys.argv[2])
     print(json.dumps(globals()[question](**parameters)))

@@ -1,5 +1,6 @@
 """Dify answers: page, queues, plugin and the sample app, in one piece and streamed."""
 
+import ipaddress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -127,3 +128,45 @@ def test_a_picture_reaches_the_model_whole(kit: KitHost) -> None:
         f"{answer['direct_tokens']} asked directly: something changes the picture or the question on its way"
     )
     assert answer["direct_tokens"] > answer["text_tokens"] > 0, "the picture has no tokens: the model did not see it"
+
+
+@pytest.mark.deep
+@pytest.mark.service("egress")
+def test_apps_do_not_reach_the_inside(kit: KitHost) -> None:
+    opened = [ipaddress.ip_network(entry) for entry in kit.facts["egress_allow"]]
+    addresses = [
+        address
+        for address in ("127.0.0.1", "169.254.169.254", "10.0.0.1")
+        if not any(ipaddress.ip_address(address) in network for network in opened if network.version == 4)
+    ]
+    urls = [f"{scheme}://{address}:{kit.ports['gateway']}" for address in addresses for scheme in ("http", "https")]
+    found = kit.probe("egress", python="current/api/.venv/bin/python", urls=urls)
+    reached = {url: answer for url, answer in found.items() if not answer.startswith("407")}
+    assert not reached, f"not refused by the egress proxy: {reached}. Read `make logs SERVICE=egress`."
+
+
+# Whether it sees a file, whether it reaches a port of this host; in this order, "no" for what must not be.
+PYTHON = """
+import os, socket
+print(6 * 7)
+try:
+    print(len(os.listdir({home!r})))
+except OSError:
+    print("no")
+try:
+    print(socket.create_connection(("127.0.0.1", {port}), 5))
+except OSError:
+    print("no")
+"""
+
+
+@pytest.mark.service("sandbox")
+def test_code_runs_apart_from_the_site(kit: KitHost) -> None:
+    text = PYTHON.format(home=f"{kit.home}/etc", port=kit.ports["postgres"])
+    found = kit.probe("code", port=kit.ports["sandbox"], runs={"python3": text, "nodejs": "console.log(6 * 7)"})
+    said = {language: answer["stdout"].split() for language, answer in found.items()}
+    assert said["nodejs"] == ["42"], f"JavaScript: {found['nodejs']}. Read `make logs SERVICE=sandbox`."
+    assert said["python3"][:1] == ["42"], f"Python: {found['python3']}. Read `make logs SERVICE=sandbox`."
+    assert said["python3"] == ["42", "no", "no"], (
+        f"code sees the site's files or reaches its services: {said['python3']}"
+    )

@@ -224,3 +224,51 @@ def home(server_venv: Path) -> Iterator[Home]:
         stopped = home.kitctl("stop")
         shutil.rmtree(root)
         assert stopped.returncode == 0, stopped.stderr
+
+
+# --- What is built with Go --------------------------------------------------------------------------------------------
+
+
+def build_part(root: Path, part: str, python: str = sys.executable, **source: str) -> Path:
+    """A part of a release out of the kit's own pins and ``source``, as a deploy builds it; Go's caches count."""
+    from ansible.module_utils import kit_build
+
+    pins = root / "home/runtime/build" / part
+    shutil.copytree(REPO / "roles" / part / "files", pins)
+    raw: dict[str, Any] = {"home": str(root / "home"), "cache": str(root / "cache"), "adjust": "never"}
+    raw |= {"python": python, "release": {}, "env_keys": {}}
+    raw |= {"version": "0", "sources": {part: source} if source else {}, "locks": {part: "tested"}}
+    built: Path = kit_build.build(kit_build.Spec.load(raw), part)
+    return built
+
+
+@pytest.fixture(scope="session")
+def smokescreen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The egress proxy's binary."""
+    if not shutil.which("go"):
+        pytest.skip("no `go` on this machine's PATH to build the egress proxy with; any from 1.26 on will do")
+    return build_part(tmp_path_factory.mktemp("egress"), "egress") / "smokescreen"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, **environment: str) -> Iterator[int]:
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                break
+            assert process.poll() is None, f"ended {process.returncode}"
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.kill()
+        process.wait()

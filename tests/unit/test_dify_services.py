@@ -14,8 +14,8 @@ from ansible.template import Templar, trust_as_template
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
-    *(f"roles/{role}/defaults/main.yml" for role in ("dify_source", "plugin_daemon")),
-    "roles/dify_source/vars/main.yml",
+    *(f"roles/{role}/defaults/main.yml" for role in ("dify_source", "plugin_daemon", "sandbox", "egress")),
+    *(f"roles/{role}/vars/main.yml" for role in ("dify_source", "sandbox", "egress")),
     "deploy/group_vars/all.yml",
 ]
 init_plugin_loader([])
@@ -23,12 +23,12 @@ filter_loader.add_directory(str(ROOT / "deploy/plugins/filter"))
 FULL = {"api", "websocket", "worker", "workflow-worker", "beat", "web", "agent-backend", "agent-runtime"}
 
 
-def site(cores: int = 2, memory_mb: int = 24_000, lacks: str = "", **settings: Any) -> Any:
+def site(cores: int = 2, memory_mb: int = 24_000, lacks: str = "", sandbox: bool = False, **settings: Any) -> Any:
     """Renders a variable of a site: ``site()("dify_source_services")``."""
     loader = DataLoader()
     variables: dict[str, Any] = {}
     for name in FILES:
-        variables |= loader.load_from_file(str(ROOT / name), trusted_as_template=True)
+        variables |= loader.load_from_file(str(ROOT / name), trusted_as_template=True) or {}
     release = settings.get("dify_release", variables["dify_release"])
     for variable, path in (
         ("dify_source_release", f"{release}.yml"),
@@ -45,7 +45,7 @@ def site(cores: int = 2, memory_mb: int = 24_000, lacks: str = "", **settings: A
         },
         "playbook_dir": str(ROOT / "deploy"),
         "inference_endpoint": "external",
-        "preflight_host": {"agent_runtime_lacks": lacks},
+        "preflight_host": {"agent_runtime_lacks": lacks, "sandbox": {"run": sandbox}},
         "kit_secret_agent_runtime_token": "token",
         **settings,
     }
@@ -73,9 +73,22 @@ def test_what_a_site_runs_and_what_it_stops(given: dict[str, Any], names: set[st
     render = site(**given)
     assert {service["name"] for service in render("dify_source_services")} == names
     unwanted = set(render("dify_source_services_unwanted"))
-    assert unwanted == (FULL | set(kit_dify.RUNNERS)) - names
+    assert unwanted == (FULL | {"sandbox"} | set(kit_dify.RUNNERS)) - names
     assert set(render("kit_host_services")) >= names
     assert (set(render("dify_source_spec.parts")) & FULL) - {"api", "web"} == names & {"agent-backend", "agent-runtime"}
+
+
+def test_code_of_workflows_runs_where_the_host_can() -> None:
+    here, elsewhere = (
+        site(sandbox=True, kit_secret_sandbox="key"),
+        site(sandbox_mode="external", sandbox_url="http://box:1"),
+    )
+    assert {"egress", "sandbox"} <= set(here("kit_host_services"))
+    assert "sandbox" not in here("dify_source_services_unwanted")
+    assert {"egress", "sandbox"} <= set(here("dify_source_spec.parts"))
+    assert here("dify_source_site.sandbox_url") == "http://127.0.0.1:17816"
+    assert elsewhere("dify_source_site.sandbox_url") == "http://box:1"
+    assert "sandbox" not in {*elsewhere("kit_host_services"), *elsewhere("dify_source_spec.parts")}
 
 
 @pytest.mark.parametrize("cores", [1, 2, 8, 64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -99,6 +100,17 @@ def test_only_the_sites_parts_are_built_and_small_ones_take_turns_with_large_one
         "agent-backend": ["api"],
     }
     assert set(kit_build.PARTS) == set(kit_build.BUILDERS)
+
+
+def test_a_part_of_the_kits_own_pins_depends_on_them_alone(tmp_path: Path) -> None:
+    def locked(lock: str, **dify: str) -> Spec:
+        given = spec(tmp_path, **dify)
+        return dataclasses.replace(given, parts=[*given.parts, "egress"], locks={"egress": lock})
+
+    assert locked("a").key("egress") == locked("a", tag="1.17.0").key("egress")
+    assert locked("a").key("egress") != locked("b").key("egress")
+    jobs = kit_build.jobs(locked("a"), ["python", "kit_build.py", "spec.json"], {}, 24_000)
+    assert jobs[-1]["argv"] == ["python", "kit_build.py", "egress", "spec.json"]
 
 
 # --- Sources --------------------------------------------------------------------------------------------------------
@@ -201,7 +213,7 @@ def built_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Bui
     (sources / "dify.json").write_text(json.dumps({"commit": COMMIT, "notices": ["adjusted"]}))
 
     def use(builder: Builder) -> Spec:
-        monkeypatch.setattr(kit_build, "ensure_sources", lambda _: sources)
+        monkeypatch.setattr(kit_build, "ensure_sources", lambda *_: sources)
         monkeypatch.setitem(kit_build.BUILDERS, "web", builder)
         return spec(tmp_path)
 

@@ -45,6 +45,9 @@ COMMON: dict[str, Any] = {
 def dify(**changes: Any) -> dict[str, Any]:
     own = {
         "public_url": "",
+        "egress_url": "http://127.0.0.1:15",
+        "sandbox_url": "",
+        "sandbox_key": "sandbox-secret",
         "internal_files_url": "http://127.0.0.1:0",
         "web_port": 2,
         "secret_key": "secret-key",
@@ -363,3 +366,9 @@ def test_without_agents_nobody_is_asked() -> None:
 
 def test_every_setting_of_the_agent_backend_is_one_that_it_reads() -> None:
     assert set(kit_dify.agent_env(dify())) - set(ENV_KEYS["agent"]) == {"PYTHONDONTWRITEBYTECODE"}
+
+
+def test_dify_asks_others_through_the_egress_proxy_whatever_no_proxy_says() -> None:
+    env = kit_dify.api_env(dify())
+    names = ("SSRF_PROXY_ALL_URL", "SSRF_PROXY_HTTP_URL", "SSRF_PROXY_HTTPS_URL")
+    assert {env[name] for name in names} == {"http://127.0.0.1:15"}

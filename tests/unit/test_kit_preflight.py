@@ -6,6 +6,7 @@ import http.server
 import os
 import platform
 import pwd
+import shutil
 import socket
 import subprocess
 import sys
@@ -633,6 +634,67 @@ def test_another_dify_is_noticed_and_ours_is_not(me: Account, tmp_path: Path) ->
             process.wait()
 
 
+# --- sandbox --------------------------------------------------------------------------------------
+
+
+ABLE: tuple[list[str], list[str]] = ([], [])
+UNABLE = (["newuidmap is missing"], ["apt-get install --yes uidmap"])
+
+
+def sandbox(
+    monkeypatch: pytest.MonkeyPatch, mode: str, lacking: tuple[list[str], list[str]], **part: Any
+) -> tuple[kit_preflight.Findings, dict[str, Any]]:
+    monkeypatch.setattr(kit_preflight, "_lacking", lambda *_: (list(lacking[0]), list(lacking[1])))
+    source = {"name": "the sandbox's source", "kind": "file", "url": "/x", "remedy": ""}
+    wanted = {"mode": mode, "part": {"name": "sandbox", "present": ["/"], **part}, "source": source}
+    found = kit_preflight.Findings()
+    me = kit_preflight.Account.find(ME.pw_name, ME.pw_dir)
+    return found, kit_preflight.check_sandbox(found, wanted, me, ENVIRONMENT)
+
+
+@pytest.mark.parametrize("mode", ["none", "off", "external"])
+def test_a_sandbox_that_is_not_wanted_here_is_not_looked_for(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    found, known = sandbox(monkeypatch, mode, UNABLE)
+    assert (found.problems, found.notices, known["run"]) == ([], [], False)
+
+
+@pytest.mark.parametrize("mode", ["auto", "userns"])
+def test_a_sandbox_runs_where_the_host_can(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    found, known = sandbox(monkeypatch, mode, ABLE)
+    assert (found.problems, found.notices, known) == ([], [], {"run": True, "commands": []})
+
+
+def test_auto_goes_without_a_sandbox_and_says_what_would_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, known = sandbox(monkeypatch, "auto", UNABLE)
+    assert not known["run"]
+    assert found.problems == []
+    [notice] = found.notices
+    assert "newuidmap is missing" in notice
+    assert "apt-get install --yes uidmap" in notice
+
+
+def test_userns_insists_and_gives_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = sandbox(monkeypatch, "userns", UNABLE)
+    assert found.problems[0].remedy.splitlines()[1:] == UNABLE[1]
+
+
+def test_root_does_it_itself_but_must_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found, known = sandbox(monkeypatch, "root", UNABLE)
+    assert (found.problems, known) == ([], {"run": True, "commands": UNABLE[1]})
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    found, _ = sandbox(monkeypatch, "root", UNABLE)
+    assert "does not connect as root" in found.problems[0].what
+
+
+def test_what_it_is_built_with_counts_only_until_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None if name == "gcc" else f"/usr/bin/{name}")
+    assert sandbox(monkeypatch, "auto", ABLE)[1]["run"]
+    found, known = sandbox(monkeypatch, "auto", ABLE, present=["/nowhere"])
+    assert not known["run"]
+    assert "gcc" in found.notices[0]
+
+
 # --- all of it ------------------------------------------------------------------------------------
 
 
@@ -652,6 +714,7 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
         "python": python(sys.executable),
         "services_mb": 100,
         "parts": [],
+        "sandbox": {"mode": "off"},
         "sources": [],
         "agent_runtime": False,
         "mirrors": NAMED,
@@ -680,7 +743,12 @@ def test_what_agents_commands_lack_comes_with_its_remedy(
 def test_a_sound_host_has_no_problem(tmp_path: Path) -> None:
     found, known = kit_preflight.examine(parameters(tmp_path), ME.pw_name)
     assert found.problems == []
-    assert known == {"has_data": False, "agent_runtime_lacks": "", "mirrors": {}}
+    assert known == {
+        "has_data": False,
+        "agent_runtime_lacks": "",
+        "mirrors": {},
+        "sandbox": {"run": False, "commands": []},
+    }
 
 
 def test_everything_that_is_wrong_comes_at_once(tmp_path: Path, listener: socket.socket) -> None:

@@ -179,6 +179,10 @@ class ActionModule(ActionBase):
         names = ["provider_plugin", "provider_package", "dify_plugins", "plugin_daemon_package_mb"]
         if value("dify_mode") == "source" and not broken & set(names):
             yield from self._check_plugins(value, where)
+        names = ["sandbox_mode", "sandbox_url", "sandbox_api_key"]
+        if value("dify_mode") == "source" and not broken & set(names):
+            chosen = {name: value(name) or specs[name].get("default") for name in names}
+            yield from rules.check_sandbox(chosen, where)
         names = ["inference_model", "inference_weights_source", "inference_weights_folder", "inference_hub_mirror"]
         if value("inference_endpoint") != "external" and not broken & set(names):
             files = (deploy.parent / "inference" / "catalog").glob("*.yml")

@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from ansible.module_utils import kit_release, kit_release_source
-except ImportError:  # on the host the three files lie side by side, and there is no Ansible
+    from ansible.module_utils import kit_fetch, kit_release, kit_release_source
+except ImportError:  # on the host the files lie side by side, and there is no Ansible
+    import kit_fetch  # type: ignore[import-not-found]
     import kit_release  # type: ignore[import-not-found]
     import kit_release_source  # type: ignore[import-not-found]
 
 # Raise it when this file builds something else from the same inputs.
 FORMAT = 1
 MANIFEST = "kit-build.json"
-DIFY, DAEMON = "dify", "plugin-daemon"
+DIFY, DAEMON, EGRESS, SANDBOX = "dify", "plugin-daemon", "egress", "sandbox"
 # Which source each part is built from, and its title for people.
 PARTS = {
     "web": (DIFY, "web bundle"),
@@ -45,9 +46,13 @@ PARTS = {
     "plugin-daemon": (DAEMON, "plugin daemon"),
     "agent-backend": (DIFY, "agent backend"),
     "agent-runtime": (DIFY, "agent runtime"),
+    "egress": (EGRESS, "egress proxy"),
+    "sandbox": (SANDBOX, "sandbox"),
 }
 # What a small part waits for, so that no more memory is needed than for the large ones side by side.
 AFTER = {"agent-backend": ["api"], "agent-runtime": ["plugin-daemon"]}
+# The venvs of parts, which run with this host's interpreter.
+VENVS = {"api": ".venv", "agent-backend": ".venv", "sandbox": "venv"}
 # Node's own limit; what the bundler takes outside of it comes on top.
 WEB_HEAP_MB = 4096
 # Observed peaks: 1.16.0's web build on two cores, and the daemon's and the API's together.
@@ -93,7 +98,7 @@ class Source:
 
     def variable(self, suffix: str) -> str:
         """The name of the site's variable, for remedies."""
-        return f"{'plugin_daemon' if self.name == DAEMON else 'dify_source'}_{suffix}"
+        return f"{ {DIFY: 'dify_source', DAEMON: 'plugin_daemon'}.get(self.name, self.name) }_{suffix}"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class Spec:
         adjust: which of the release's adjustments are wanted, see ``kit_release.choose_adjustments``.
         parts: those of PARTS that the site has.
         release, env_keys: the release's data files, which the sources must agree with.
+        locks: what else a source stands for: the digest of the kit's own pins of it, which lie in
+            ``home``/runtime/build/<name>. The egress proxy's go.mod and go.sum are its whole source.
     """
 
     home: Path
@@ -116,6 +123,7 @@ class Spec:
     version: str
     parts: list[str]
     sources: dict[str, Source]
+    locks: dict[str, str]
 
     @classmethod
     def load(cls, raw: dict[str, Any]) -> Spec:
@@ -131,23 +139,32 @@ class Spec:
             str(raw["version"]),
             raw["parts"],
             sources,
+            raw.get("locks", {}),
         )
 
     def key(self, part: str) -> str:
         """Digest of what a part depends on."""
         name = PARTS[part][0]
+        if name not in self.sources:
+            return _digest([FORMAT, part, self.locks[name]])
+        if name in self.locks:
+            return _digest([FORMAT, part, self.sources[name].identity(), self.locks[name]])
         adjustments = [self.adjust, self.release["adjustments"]] if name == DIFY else []
         return _digest([FORMAT, part, self.sources[name].identity(), adjustments])
 
     def build(self, part: str) -> Path:
         """Where a part lies in the cache once it is built."""
-        tag = self.sources[PARTS[part][0]].tag
-        return self.cache / "builds" / f"{part}-{tag}-{platform.machine()}-{self.key(part)}"
+        name = PARTS[part][0]
+        words = [part, *([self.sources[name].tag] if name in self.sources else []), platform.machine(), self.key(part)]
+        return self.cache / "builds" / "-".join(words)
 
-    def tree(self) -> Path:
-        """Where the fetched and adjusted sources lie."""
-        inputs = [[source.identity() for source in self.sources.values()], self.adjust, self.release["adjustments"]]
-        return self.cache / "src" / f"{self.version}-{_digest(inputs)}"
+    def tree(self, name: str) -> Path:
+        """Where a source lies, fetched and adjusted: Dify and its daemon, checked together, or the sandbox."""
+        if name == SANDBOX:
+            source = self.sources[name]
+            return self.cache / "src" / f"{name}-{source.tag}-{_digest(source.identity())}"
+        both = [self.sources[name].identity() for name in (DIFY, DAEMON)]
+        return self.cache / "src" / f"{self.version}-{_digest([both, self.adjust, self.release['adjustments']])}"
 
     def installed(self, part: str) -> Path:
         """Where a part of the release lies under the site's home."""
@@ -249,16 +266,22 @@ def fresh(folder: Path) -> Path:
 # --- Sources --------------------------------------------------------------------------------------------------------
 
 
-def ensure_sources(spec: Spec) -> Path:
-    """Fetch, verify, check and adjust the sources unless the cache has them; return their common folder."""
-    tree = spec.tree()
+def ensure_sources(spec: Spec, wanted: str) -> Path:
+    """Fetch, verify, check and adjust a source and its like unless the cache has them; return their common folder."""
+    if wanted not in spec.sources:
+        return spec.home / "runtime/build"
+    tree = spec.tree(wanted)
     with locked(spec.cache / "locks" / f"src-{tree.name}"):
         if not tree.exists():
             work = fresh(tree.with_name(f".{tree.name}.partial"))
-            found = {name: fetch(source, work / name) for name, source in spec.sources.items()}
-            check(spec, work)
-            notices = adjust(spec, work / DIFY)
-            for name, source in spec.sources.items():
+            names = (SANDBOX,) if wanted == SANDBOX else (DIFY, DAEMON)
+            found = {name: fetch(spec.sources[name], work / name) for name in names}
+            notices = []
+            if wanted != SANDBOX:
+                check(spec, work)
+                notices = adjust(spec, work / DIFY)
+            for name in names:
+                source = spec.sources[name]
                 note = (
                     []
                     if found[name] == source.commit
@@ -502,12 +525,70 @@ def build_daemon(spec: Spec, tree: Path, work: Path, out: Path) -> None:
         )
 
 
+def build_egress(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """The egress proxy, out of the Go module proxy: go.sum holds the hash of everything."""
+    del spec, work
+    out.mkdir()
+    package = "github.com/stripe/smokescreen"
+    run(
+        ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", "-s -w", "-o", str(out / "smokescreen"), package],
+        tree,
+        CGO_ENABLED="0",
+    )
+
+
+def from_npm(spec: Spec, artefact: Any, folder: Path) -> Path:
+    """Unpack a package of the npm registry, verified by its hash, into ``folder``; return the package's own folder."""
+    try:
+        archive = kit_fetch.fetch(artefact, spec.cache / "downloads", os.environ.get("NPM_CONFIG_REGISTRY", ""))
+    except kit_fetch.FetchError as error:
+        raise BuildError(str(error)) from None
+    run(["tar", "--extract", "--no-same-owner", "--file", str(archive)], fresh(folder))
+    return folder / "package"
+
+
+def build_sandbox(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """dify-sandbox as upstream's build script makes it, and the Python packages that user code may import."""
+    copy(tree, work)
+    runners = work / "internal/core/runner"
+    library = runners / "nodejs/dependens/node_temp"
+    # Its binary comes from npm; every run copies the package, so what no Linux of this kind reads is left out.
+    locked = json.loads((library / "package-lock.json").read_text())["packages"]["node_modules/koffi"]
+    artefact = kit_fetch.Artefact("koffi", locked["version"], "npm", "koffi", locked["integrity"])
+    unpacked = from_npm(spec, artefact, work / "koffi")
+    package = library / "node_modules/koffi"
+    shutil.rmtree(package)
+    for file in ("package.json", "index.js", "indirect.js", "LICENSE.txt"):
+        copy(unpacked / file, package / file)
+    machine = {"x86_64": "linux_x64", "aarch64": "linux_arm64"}[platform.machine()]
+    copy(unpacked / "build/koffi" / machine, package / "build/koffi" / machine)
+    flags = ["-trimpath", "-ldflags", "-s -w"]
+    for language in ("python", "nodejs"):
+        target = f"internal/core/runner/{language}/{language}.so"
+        run(
+            ["go", "build", *flags, "-buildmode=c-shared", "-o", target, f"./cmd/lib/{language}"], work, CGO_ENABLED="1"
+        )
+    out.mkdir()
+    run(["go", "build", *flags, "-o", str(out / "main"), "./cmd/server"], work, CGO_ENABLED="1")
+    # Its list of allowed system calls was made for this Node; a newer one is killed.
+    pins = json.loads((spec.home / "runtime/build/sandbox/node.json").read_text())
+    pin = pins["platforms"][{"x86_64": "linux-x64", "aarch64": "linux-arm64"}[platform.machine()]]
+    node = from_npm(spec, kit_fetch.Artefact("node", pins["version"], "npm", pin["name"], pin["hash"]), work / "node")
+    copy(node / "bin/node", out / "node")
+    run(["uv", "venv", "--relocatable", "--python", os.path.realpath(spec.python), str(out / "venv")], work)
+    requirements = spec.home / "runtime/build/sandbox/requirements.txt"
+    options = ["--require-hashes", "--compile-bytecode", "--python", str(out / "venv/bin/python")]
+    run(["uv", "pip", "sync", *options, str(requirements)], work)
+
+
 BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
     "web": build_web,
     "api": build_api,
     "plugin-daemon": build_daemon,
     "agent-backend": build_agent_backend,
     "agent-runtime": build_agent_runtime,
+    "egress": build_egress,
+    "sandbox": build_sandbox,
 }
 
 
@@ -521,12 +602,14 @@ def build(spec: Spec, part: str) -> Path:
         if not target.exists():
             started = time.monotonic()
             name = PARTS[part][0]
-            sources = ensure_sources(spec)
+            sources = ensure_sources(spec, name)
             work = fresh(spec.cache / "work" / target.name)
             out = work / "out"
             (work / "tree").mkdir()
             BUILDERS[part](spec, sources / name, work / "tree", out)
-            manifest = json.loads((sources / f"{name}.json").read_text())
+            manifest: dict[str, Any] = {"notices": []}
+            if name in spec.sources:
+                manifest = json.loads((sources / f"{name}.json").read_text())
             manifest |= {"part": part, "key": spec.key(part), "seconds": round(time.monotonic() - started)}
             (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             (out / spec.marker(part).name).touch()
@@ -572,8 +655,8 @@ def install(spec: Spec, part: str) -> None:
             shutil.rmtree(rest, ignore_errors=True)
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(build(spec, part), new, symlinks=True, copy_function=link_or_copy)
-        if (new / ".venv").exists():
-            use_interpreter(new / ".venv", Path(os.path.realpath(spec.python)))
+        if part in VENVS:
+            use_interpreter(new / VENVS[part], Path(os.path.realpath(spec.python)))
         if target.exists():
             target.rename(old)
         new.rename(target)

@@ -224,6 +224,11 @@ _WIRED = {
         "CELERY_WORKER_AMOUNT": "dify_source_worker_tasks",
         "AGENT_BACKEND_BASE_URL": "dify_source_agent",
         "AGENT_SHELL_ENABLED": "dify_source_agent_runtime",
+        "CODE_EXECUTION_ENDPOINT": "sandbox_mode",
+        "CODE_EXECUTION_API_KEY": "sandbox_api_key",
+        "SSRF_PROXY_ALL_URL": "egress_allow",
+        "SSRF_PROXY_HTTP_URL": "egress_allow",
+        "SSRF_PROXY_HTTPS_URL": "egress_allow",
         "SQLALCHEMY_POOL_SIZE": "dify_source_api_connections",
         "SQLALCHEMY_MAX_OVERFLOW": "dify_source_api_connections",
     },
@@ -380,7 +385,11 @@ def api_env(site: Mapping[str, Any]) -> Env:
         "CHECK_UPDATE_URL": "",
         "SCARF_NO_ANALYTICS": True,
         "SWAGGER_UI_ENABLED": False,
-        "CODE_EXECUTION_ENDPOINT": NOWHERE,
+        # The first counts for nearly everything. Without it Dify's client would go past the proxy to whatever NO_PROXY
+        # names, which is this host; the few places that know only the other two read them.
+        **dict.fromkeys(("SSRF_PROXY_ALL_URL", "SSRF_PROXY_HTTP_URL", "SSRF_PROXY_HTTPS_URL"), site["egress_url"]),
+        "CODE_EXECUTION_ENDPOINT": site["sandbox_url"] or NOWHERE,
+        "CODE_EXECUTION_API_KEY": site["sandbox_key"],
         "AGENT_BACKEND_BASE_URL": agent["url"] or NOWHERE,
         "AGENT_SHELL_ENABLED": bool(agent["runtime_url"]),
         # The backend is silent while its model thinks.

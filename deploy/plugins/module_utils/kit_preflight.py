@@ -27,6 +27,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from . import kit_subids
 from .kit_gateway import forward
 from .kit_mirrors import Mirrors
 from .kit_network import opener
@@ -821,6 +822,109 @@ def check_clock(findings: Findings, answers: Iterable[Answer], now: float) -> No
         findings.notices.append(f"the host's clock is {abs(skew):.0f} s {direction}: switch time synchronisation on")
 
 
+# --- Sandbox --------------------------------------------------------------------------------------------------------
+
+
+def check_sandbox(
+    findings: Findings, wanted: Mapping[str, Any], account: Account, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Whether code in workflows can run here; ``run``, and the ``commands`` by which an administrator makes it so.
+
+    ``wanted``: the ``mode`` (sandbox_mode, none without Dify), the ``part`` and the ``source`` of dify-sandbox.
+    """
+    mode = wanted["mode"]
+    if mode not in ("auto", "userns", "root"):
+        return {"run": False, "commands": []}
+    reasons, commands = _lacking(account, environment)
+    part = Part(**wanted["part"])
+    if part.missing:
+        lacking = [name for name in ("gcc", "pkg-config") if not shutil.which(name, path=environment.get("PATH"))]
+        if "pkg-config" in lacking or account.run(["pkg-config", "--exists", "libseccomp"], environment).returncode:
+            lacking.append("libseccomp-dev")
+        if lacking:
+            reasons.append(f"{', '.join(lacking)} missing, with which it is built")
+            commands.append(_install(lacking))
+        source = Source(**wanted["source"])
+        answer = Answer()
+        if source.kind == "git" and shutil.which("git", path=environment.get("PATH")):
+            answer = ask_git(source, account, environment)
+        if answer.fault:
+            reasons.append(f"its source cannot be used ({answer.asked}: {answer.fault})")
+    if mode == "root" and os.geteuid() != 0:
+        findings.problem(
+            "sandbox_mode is root, but the kit does not connect as root.",
+            "sandbox_mode",
+            "connect as root (ansible_user in hosts.yml), or set sandbox_mode: auto.",
+        )
+    if not reasons:
+        return {"run": True, "commands": []}
+    recipe = f"as root, once: {'; '.join(commands)}" if commands else "nothing that an administrator could run is known"
+    if mode == "auto":
+        findings.notices.append(f"code in workflows is off: {'; '.join(reasons)}. To switch it on, {recipe}")
+    elif mode == "userns" or not commands:
+        findings.problem(
+            f"Code in workflows cannot run on this host: {'; '.join(reasons)}.",
+            "sandbox_mode",
+            "let an administrator run once:\n" + "\n".join(commands)
+            if commands
+            else 'set sandbox_mode: "off", or external and sandbox_url.',
+        )
+    return {"run": mode == "root", "commands": commands}
+
+
+def _lacking(account: Account, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """What keeps a user from namespaces of its own with ids to give away, and the commands against it."""
+    reasons, commands = [], []
+    if not all(shutil.which(name, path=environment.get("PATH")) for name in ("newuidmap", "newgidmap")):
+        reasons.append("newuidmap and newgidmap are missing")
+        commands.append(_install(["uidmap"]))
+    files = {name: _read(f"/etc/{name}") for name in ("subuid", "subgid")}
+    # useradd gives a new user its ranges where these files exist.
+    if account.uid is None:
+        short = [name for name in files if not os.path.exists(f"/etc/{name}")]
+    else:
+        short = [name for name, text in files.items() if kit_subids.find(text, account.name, account.uid) is None]
+    if short:
+        first = kit_subids.free(*files.values())
+        reasons.append(f"/etc/{' and /etc/'.join(short)}: no range of ids for {account.name}")
+        commands += [f"echo {account.name}:{first}:65536 >> /etc/{name}" for name in short]
+    try:
+        options = ["--user", "--map-root-user", "--mount", "--net", "--pid", "--fork"]
+        done = account.run(["unshare", *options, "true"], environment)
+        fault = (done.stderr.strip().splitlines() or ["refused"])[-1] if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        fault = str(error)
+    if fault:
+        closed = [
+            f"{name}={value}"
+            for name, path, value, bad in (
+                ("kernel.apparmor_restrict_unprivileged_userns", "kernel", 0, "1"),
+                ("kernel.unprivileged_userns_clone", "kernel", 1, "0"),
+                ("user.max_user_namespaces", "user", 15000, "0"),
+            )
+            if _read(f"/proc/sys/{path}/{name.partition('.')[2]}").strip() == bad
+        ]
+        reasons.append(f"the system refuses user namespaces ({fault})")
+        if closed:
+            commands.append(f"printf '%s\\n' {' '.join(closed)} > /etc/sysctl.d/60-dify-kit.conf")
+            commands.append("sysctl --load /etc/sysctl.d/60-dify-kit.conf")
+    return reasons, commands
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text()
+    return ""
+
+
+def _install(packages: list[str]) -> str:
+    """The command by which this host's system installs packages, named here as Debian names them."""
+    if shutil.which("apt-get", path="/usr/bin:/bin") or not shutil.which("dnf", path="/usr/bin:/bin"):
+        return f"apt-get install --yes {' '.join(packages)}"
+    others = {"uidmap": "shadow-utils", "libseccomp-dev": "libseccomp-devel", "pkg-config": "pkgconf-pkg-config"}
+    return f"dnf install --assumeyes {' '.join(others.get(name, name) for name in packages)}"
+
+
 # --- Another Dify ---------------------------------------------------------------------------------------------------
 
 
@@ -878,13 +982,14 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     mirrors = Mirrors(parameters["mirrors"], environment)
 
     # What waits for others runs beside what only looks at this host; each thread adds to findings of its own.
-    asking, looking = Findings(), Findings()
-    with ThreadPoolExecutor(max_workers=3) as pool:
+    asking, looking, boxed = Findings(), Findings(), Findings()
+    with ThreadPoolExecutor(max_workers=4) as pool:
         network = pool.submit(check_sources, asking, parts, sources, account, environment, mirrors)
         python = None
         if any(part.python for part in parts):
             python = pool.submit(check_python, looking, account, parameters["python"], environment)
         others = pool.submit(foreign_dify, home, environment, account)
+        sandbox = pool.submit(check_sandbox, boxed, parameters["sandbox"], account, environment)
 
         libc = (platform.libc_ver()[0], platform.libc_ver()[1])
         check_system(findings, platform.system(), platform.machine(), libc, parameters["machines"], parameters["glibc"])
@@ -914,11 +1019,16 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     check_clock(findings, network.result(), time.time())
     if python:
         python.result()  # an error of its own is not lost
-    findings.problems += looking.problems + asking.problems
-    findings.notices += others.result() + mirrors.summary()
+    findings.problems += looking.problems + asking.problems + boxed.problems
+    findings.notices += others.result() + boxed.notices + mirrors.summary()
 
     data = Path(home, "var", "postgres")
     has_data = False
     with contextlib.suppress(OSError):
         has_data = data.is_dir() and any(data.iterdir())
-    return findings, {"has_data": has_data, "agent_runtime_lacks": lacks, "mirrors": mirrors.chosen}
+    return findings, {
+        "has_data": has_data,
+        "agent_runtime_lacks": lacks,
+        "mirrors": mirrors.chosen,
+        "sandbox": sandbox.result(),
+    }

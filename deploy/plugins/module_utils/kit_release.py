@@ -44,7 +44,7 @@ _TEXT = r"(?s).*\S.*"
 SCHEMA: dict[str, Any] = {
     "dify": {"tag": r"\S+", "commit": _COMMIT, "repository": r"https://.+"},
     "plugin_daemon": {"tag": r"\S+", "commit": _COMMIT, "repository": r"https://.+"},
-    "sandbox": {"version": _VERSION},
+    "sandbox": {"version": _VERSION, "commit": _COMMIT, "repository": r"https://.+"},
     "toolchain": {
         "go": r"\d+\.\d+(\.\d+)?",
         "node": r"\S+",

@@ -25,6 +25,7 @@ SECRETS = {
     "kit_secret_inner_api_key": "what the plugin daemon shows to the API",
     "kit_secret_agent_key": "protects the tokens of agents' commands",
     "kit_secret_agent_runtime_token": "what the agent backend shows to the agent runtime",
+    "kit_secret_sandbox": "what the API shows to the sandbox",
 }
 #: Stored data cannot be used with another value of these.
 BOUND_TO_DATA = ADMIN_PASSWORD, "kit_secret_postgres_admin", "kit_secret_postgres", "kit_secret_dify_secret_key"
@@ -48,6 +49,7 @@ ON_HOST = {
         "DIFY_AGENT_SHELLCTL_AUTH_TOKEN": "kit_secret_agent_runtime_token",
     },
     "inference.env": {"VLLM_API_KEY": "kit_secret_inference_api_key"},
+    "sandbox.env": {"API_KEY": "kit_secret_sandbox"},
     "postgres-admin.env": {"PGPASSWORD": "kit_secret_postgres_admin"},
 }
 

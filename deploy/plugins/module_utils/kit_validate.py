@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from .kit_egress import range_problem
 from .kit_plugin import PLUGIN_ID, VERSION, PackageError
 from .kit_report import Problem
 
@@ -20,7 +21,7 @@ from .kit_report import Problem
 Spec = Mapping[str, Any]
 
 #: Secrets that somebody else gives out, in whatever form.
-FOREIGN_KEYS = ("provider_api_key", "inference_hub_token", "dify_source_mail_password")
+FOREIGN_KEYS = ("provider_api_key", "inference_hub_token", "dify_source_mail_password", "sandbox_api_key")
 SECRET_PREFIX = "kit_secret_"
 # Written by one program and read by many (URLs, env files, configuration): nothing that any of them would quote.
 SECRET_VALUE = re.compile(r"[A-Za-z0-9_.~-]+")
@@ -173,6 +174,12 @@ def _check_meaning(setting: Setting, spec: Spec) -> list[Problem]:
             return [Problem(what, where, "choose a number from 1024 to 65500, and let a proxy of yours forward to it.")]
         if name == "kit_port_base" and number > 65500:
             return [Problem(f"{name} is {number}; the ports after it end at 65535.", where, "choose 65500 or less.")]
+    if name == "egress_allow":
+        return [
+            Problem(f"{name} has {_shown(entry)}: {reason}.", where, "write ranges as 10.20.0.0/16, or 10.20.1.7")
+            for entry in value
+            if (reason := range_problem(entry))
+        ]
     if spec.get("type") == "path" and value and not PLAIN_PATH.fullmatch(value):
         if not value.startswith("/"):
             return [Problem(f"{name} is {_shown(value)}, which is not absolute.", where, "write it from / on.")]
@@ -235,6 +242,20 @@ def _check_foreign_key(setting: Setting) -> list[Problem]:
         what = f"{name} holds a blank, a line break or a letter outside ASCII, which cannot be sent."
         return [Problem(what, setting.where, "copy the key anew, in quotes and on one line.")]
     return []
+
+
+def check_sandbox(values: Mapping[str, Any], where: Mapping[str, str]) -> list[Problem]:
+    """The sandbox's mode and the address of one that runs elsewhere fit together."""
+    external, place = values.get("sandbox_mode") == "external", where.get("sandbox_mode", "sandbox_mode")
+    problems = []
+    for name in ("sandbox_url", "sandbox_api_key"):
+        if external and not values.get(name):
+            remedy = f"set {name} to that sandbox's, or sandbox_mode: auto."
+            problems.append(Problem(f"sandbox_mode is external, but {name} is empty.", place, remedy))
+        elif not external and name in where and values.get(name):
+            what = f"{name} is for a sandbox that runs elsewhere, but sandbox_mode is {values.get('sandbox_mode')}."
+            problems.append(Problem(what, where[name], "set sandbox_mode: external, or delete the line."))
+    return problems
 
 
 def check_key_file(name: str, path: str, mode: int) -> list[Problem]:

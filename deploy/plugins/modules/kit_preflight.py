@@ -31,6 +31,7 @@ options:
   python: {type: dict, required: true, description: 'C(version), C(path) named by the site, C(download) address.'}
   services_mb: {type: int, required: true, description: Memory of all services together, in MiB.}
   parts: {type: list, elements: dict, required: true, description: What is built or downloaded; see Part.}
+  sandbox: {type: dict, required: true, description: 'C(mode), C(part), C(source); see check_sandbox.'}
   sources: {type: list, elements: dict, required: true, description: Where parts come from; see Source.}
   agent_runtime:
     type: bool
@@ -57,6 +58,7 @@ def main() -> None:
             "python": {"type": "dict", "required": True},
             "services_mb": {"type": "int", "required": True},
             "parts": {"type": "list", "elements": "dict", "required": True},
+            "sandbox": {"type": "dict", "required": True},
             "sources": {"type": "list", "elements": "dict", "required": True},
             "agent_runtime": {"type": "bool", "default": False},
         },
