@@ -18,8 +18,26 @@ POSTGRES = {
     "password": "pg-secret",
     "database": "dify",
     "vector_database": "v",
+    "sslmode": "disable",
+    "sslrootcert": "/ca.pem",
 }
-REDIS = {"host": "127.0.0.1", "port": 6, "password": "re/dis@secret"}
+REDIS = {
+    "host": "127.0.0.1",
+    "port": 6,
+    "username": "",
+    "password": "re/dis@secret",
+    "tls": False,
+    "ca_file": "/redis-ca.pem",
+}
+S3 = {
+    "kind": "s3",
+    "endpoint": "https://s3.example.com",
+    "region": "eu-1",
+    "bucket": "b",
+    "access_key": "id",
+    "secret_key": "s3-secret",
+    "address_style": "path",
+}
 COMMON: dict[str, Any] = {
     "home": "/h",
     "ca_bundle": "/ca.pem",
@@ -28,6 +46,8 @@ COMMON: dict[str, Any] = {
     "no_proxy": "",
     "postgres": POSTGRES,
     "redis": REDIS,
+    "storage": {"kind": "fs"},
+    "vector": {"kind": "pgvector", "url": "", "api_key": ""},
     "inner_api_key": "inner-secret",
     "request_timeout": 900,
     "env": {},
@@ -87,17 +107,31 @@ def test_one_timeout_reaches_browser_and_plugin() -> None:
     assert kit_dify.daemon_env(daemon())["DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT"] == 900_000
 
 
+# Of the libraries beneath: libpq, AWS', gRPC.
+LIBRARIES = {"PGSSLMODE", "PGSSLROOTCERT", "AWS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"}
+LIBRARIES |= {"AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"}
+ELSEWHERE: dict[str, Any] = {
+    "postgres": {**POSTGRES, "host": "db.example.com", "sslmode": "verify-full"},
+    "redis": {**REDIS, "host": "redis.example.com", "username": "dify", "tls": True},
+    "storage": S3,
+}
+
+
 @pytest.mark.parametrize("make", [kit_dify.api_env, kit_dify.web_env])
-def test_every_setting_of_dify_is_one_that_the_release_reads(make: Any) -> None:
-    known = {key for keys in ENV_KEYS.values() for key in keys}
+@pytest.mark.parametrize("kind", ["pgvector", "qdrant", "weaviate"])
+@pytest.mark.parametrize("parts", [{}, ELSEWHERE])
+def test_every_setting_of_dify_is_one_that_the_release_reads(make: Any, kind: str, parts: Any) -> None:
+    known = {key for keys in ENV_KEYS.values() for key in keys} | LIBRARIES
     system = {"FLASK_APP", "PYTHONDONTWRITEBYTECODE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "TIKTOKEN_CACHE_DIR"}
     system |= {"NODE_ENV", "HOSTNAME", "SCARF_NO_ANALYTICS", "CREATORS_PLATFORM_FEATURES_ENABLED"}
-    assert set(make(dify())) - known - system == set()
+    site = dify(**parts, vector={"kind": kind, "url": "https://v", "api_key": "k"})
+    assert set(make(site)) - known - system == set()
 
 
-def test_every_setting_of_the_daemon_is_one_that_it_reads() -> None:
-    system = {"GIN_MODE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
-    env = kit_dify.daemon_env(daemon(pypi_index="https://mirror/simple"))
+@pytest.mark.parametrize("parts", [{}, ELSEWHERE])
+def test_every_setting_of_the_daemon_is_one_that_it_reads(parts: Any) -> None:
+    system = {"GIN_MODE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"} | LIBRARIES
+    env = kit_dify.daemon_env(daemon(pypi_index="https://mirror/simple", **parts))
     assert set(env) - set(ENV_KEYS["plugin_daemon"]) - system == set()
 
 
@@ -110,6 +144,33 @@ def test_the_web_server_knows_no_secret() -> None:
 
 def test_a_password_is_escaped_in_an_address() -> None:
     assert kit_dify.api_env(dify())["CELERY_BROKER_URL"] == "redis://:re%2Fdis%40secret@127.0.0.1:6/1"
+
+
+def test_servers_elsewhere_are_told_to_both_with_tls() -> None:
+    api, plugins = kit_dify.api_env(dify(**ELSEWHERE)), kit_dify.daemon_env(daemon(**ELSEWHERE))
+    for env in (api, plugins):
+        assert (env["DB_HOST"], env["PGSSLROOTCERT"]) == ("db.example.com", "/ca.pem")
+        assert (env["REDIS_USERNAME"], env["REDIS_USE_SSL"]) == ("dify", True)
+        assert (env["REDIS_SSL_CERT_REQS"], env["REDIS_SSL_CA_CERTS"]) == ("CERT_REQUIRED", "/redis-ca.pem")
+        assert env["AWS_CA_BUNDLE"] == "/ca.pem"
+    assert api["PGSSLMODE"] == "verify-full"
+    assert api["CELERY_BROKER_URL"] == "rediss://dify:re%2Fdis%40secret@redis.example.com:6/1"
+    assert api["EVENT_BUS_REDIS_URL"].endswith("/0?ssl_cert_reqs=required&ssl_ca_certs=/redis-ca.pem")
+    assert (api["STORAGE_TYPE"], api["S3_BUCKET_NAME"], api["S3_ADDRESS_STYLE"]) == ("s3", "b", "path")
+    assert plugins["DB_SSL_MODE"] == "require"
+    assert (plugins["PLUGIN_STORAGE_TYPE"], plugins["PLUGIN_STORAGE_OSS_BUCKET"]) == ("aws_s3", "b")
+    assert plugins["S3_USE_PATH_STYLE"] is True
+
+
+def test_old_knowledge_is_found_when_new_goes_elsewhere() -> None:
+    env = kit_dify.api_env(dify(vector={"kind": "qdrant", "url": "http://q:6333", "api_key": ""}))
+    assert (env["VECTOR_STORE"], env["QDRANT_URL"], env["PGVECTOR_DATABASE"]) == ("qdrant", "http://q:6333", "v")
+    assert env["QDRANT_API_KEY"] is None
+
+
+def test_a_site_may_choose_what_only_dify_knows() -> None:
+    env = kit_dify.api_env(dify(env={"VECTOR_STORE": "milvus", "STORAGE_TYPE": "azure-blob"}))
+    assert (env["VECTOR_STORE"], env["STORAGE_TYPE"]) == ("milvus", "azure-blob")
 
 
 def test_without_a_public_url_every_address_is_relative_but_those_of_this_host() -> None:

@@ -173,6 +173,13 @@ class ActionModule(ActionBase):
             provider = {name: value(name) for name in names}
             package = provider["provider_package"]
             yield from rules.check_provider(provider, where, bool(package) and os.path.isfile(str(package)))
+        names = [name for name in specs if name.startswith(rules.PART_NAMES)]
+        if not broken & set(names):
+            parts = {name: value(name) for name in names}
+            newest = self._mapping(str(deploy / "releases" / f"{value('dify_release')}.yml")).get("postgres", {})
+            yield from rules.check_parts(
+                parts, where, str(newest.get("newest", "")) if value("dify_mode") == "source" else ""
+            )
         names = ["inference_model", "inference_weights_source", "inference_weights_folder", "inference_hub_mirror"]
         if value("inference_endpoint") != "external" and not broken & set(names):
             files = (deploy.parent / "inference" / "catalog").glob("*.yml")

@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+
+from . import kit_parts
 
 Env = dict[str, Any]
 
@@ -85,15 +86,7 @@ def size(cores: int, memory_mb: int, workers: int = 0, connections: int = 0, tas
 _WIRED = {
     "api": {
         "SECRET_KEY": "dify_source_secret_key",
-        "DB_HOST": "dify_source_postgres",
-        "DB_PORT": "dify_source_postgres",
-        "DB_USERNAME": "dify_source_postgres",
-        "DB_PASSWORD": "dify_source_postgres",
-        "DB_DATABASE": "dify_source_postgres",
-        "REDIS_HOST": "dify_source_redis",
-        "REDIS_PORT": "dify_source_redis",
-        "REDIS_PASSWORD": "dify_source_redis",
-        "CELERY_BROKER_URL": "dify_source_redis",
+        **kit_parts.WIRED,
         "PLUGIN_DAEMON_URL": "dify_source_plugin_daemon_url",
         "PLUGIN_DAEMON_KEY": "dify_source_plugin_daemon_key",
         "INNER_API_KEY_FOR_PLUGIN": "dify_source_inner_api_key",
@@ -119,14 +112,7 @@ _WIRED = {
         "SERVER_KEY": "plugin_daemon_key",
         "DIFY_INNER_API_URL": "plugin_daemon_api_url",
         "DIFY_INNER_API_KEY": "plugin_daemon_inner_api_key",
-        "DB_HOST": "plugin_daemon_postgres",
-        "DB_PORT": "plugin_daemon_postgres",
-        "DB_USERNAME": "plugin_daemon_postgres",
-        "DB_PASSWORD": "plugin_daemon_postgres",
-        "DB_DATABASE": "plugin_daemon_postgres",
-        "REDIS_HOST": "plugin_daemon_redis",
-        "REDIS_PORT": "plugin_daemon_redis",
-        "REDIS_PASSWORD": "plugin_daemon_redis",
+        **kit_parts.WIRED,
         "PLUGIN_MAX_EXECUTION_TIMEOUT": "plugin_daemon_request_timeout",
         "FORCE_VERIFYING_SIGNATURE": "plugin_daemon_require_signatures",
         "THIRD_PARTY_SIGNATURE_VERIFICATION_ENABLED": "plugin_daemon_require_signatures",
@@ -184,9 +170,8 @@ def _network(site: Mapping[str, Any]) -> Env:
 
 def api_env(site: Mapping[str, Any]) -> Env:
     """Environment of api, worker, beat and ``flask``: they are one program. See ``dify_source_site`` in the role."""
-    url, postgres, redis = site["public_url"], site["postgres"], site["redis"]
+    url = site["public_url"]
     sizing, timeout = site["sizing"], site["request_timeout"]
-    password = quote(str(redis["password"]), safe="")
     env: Env = {
         "EDITION": "SELF_HOSTED",
         "DEPLOY_ENV": "PRODUCTION",
@@ -206,32 +191,12 @@ def api_env(site: Mapping[str, Any]) -> Env:
         # Where plugins and models fetch files: from this host.
         "INTERNAL_FILES_URL": site["internal_files_url"],
         "CONSOLE_CORS_ALLOW_ORIGINS": url,
-        "DB_TYPE": "postgresql",
-        "DB_HOST": postgres["host"],
-        "DB_PORT": postgres["port"],
-        "DB_USERNAME": postgres["user"],
-        "DB_PASSWORD": postgres["password"],
-        "DB_DATABASE": postgres["database"],
+        **kit_parts.api_env(site),
         "SQLALCHEMY_POOL_SIZE": sizing["pool"],
         "SQLALCHEMY_MAX_OVERFLOW": sizing["overflow"],
         # A restarted database costs a ping, not a failed request.
         "SQLALCHEMY_POOL_PRE_PING": True,
-        "REDIS_HOST": redis["host"],
-        "REDIS_PORT": redis["port"],
-        "REDIS_PASSWORD": redis["password"],
-        "REDIS_DB": 0,
-        "CELERY_BACKEND": "redis",
-        "CELERY_BROKER_URL": f"redis://:{password}@{redis['host']}:{redis['port']}/1",
-        "STORAGE_TYPE": "opendal",
-        "OPENDAL_SCHEME": "fs",
-        "OPENDAL_FS_ROOT": f"{site['home']}/var/storage",
         "TIKTOKEN_CACHE_DIR": f"{site['home']}/var/run/tiktoken",
-        "VECTOR_STORE": "pgvector",
-        "PGVECTOR_HOST": postgres["host"],
-        "PGVECTOR_PORT": postgres["port"],
-        "PGVECTOR_USER": postgres["user"],
-        "PGVECTOR_PASSWORD": postgres["password"],
-        "PGVECTOR_DATABASE": postgres["vector_database"],
         "PGVECTOR_MAX_CONNECTION": VECTOR_POOL,
         "PLUGIN_DAEMON_URL": site["plugin_daemon_url"],
         "PLUGIN_DAEMON_KEY": site["plugin_daemon_key"],
@@ -280,7 +245,7 @@ def web_env(site: Mapping[str, Any]) -> Env:
 
 def daemon_env(site: Mapping[str, Any]) -> Env:
     """Environment of the plugin daemon and its command line. See ``plugin_daemon_site`` in the role."""
-    postgres, redis, timeout = site["postgres"], site["redis"], site["request_timeout"]
+    timeout = site["request_timeout"]
     env: Env = {
         "GIN_MODE": "release",
         "PLATFORM": "local",
@@ -292,20 +257,8 @@ def daemon_env(site: Mapping[str, Any]) -> Env:
         "PLUGIN_REMOTE_INSTALLING_ENABLED": True,
         "PLUGIN_REMOTE_INSTALLING_HOST": "127.0.0.1",
         "PLUGIN_REMOTE_INSTALLING_PORT": site["debug_port"],
-        "DB_TYPE": "postgresql",
-        "DB_HOST": postgres["host"],
-        "DB_PORT": postgres["port"],
-        "DB_USERNAME": postgres["user"],
-        "DB_PASSWORD": postgres["password"],
-        "DB_DATABASE": postgres["database"],
-        "DB_SSL_MODE": "disable",
+        **kit_parts.daemon_env(site),
         "DB_MAX_OPEN_CONNS": DAEMON_POOL,
-        "REDIS_HOST": redis["host"],
-        "REDIS_PORT": redis["port"],
-        "REDIS_PASSWORD": redis["password"],
-        "REDIS_DB": 0,
-        "PLUGIN_STORAGE_TYPE": "local",
-        "PLUGIN_STORAGE_LOCAL_ROOT": f"{site['home']}/var/plugins/storage",
         "PLUGIN_WORKING_PATH": f"{site['home']}/var/plugins/cwd",
         "MAX_PLUGIN_PACKAGE_SIZE": MAX_PLUGIN_PACKAGE_BYTES,
         "PLUGIN_STDIO_MAX_BUFFER_SIZE": MAX_PLUGIN_LINE_BYTES,
