@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import socket
+import ssl
 import stat
 import sys
 import time
@@ -145,15 +146,22 @@ def modes(home: str) -> dict[str, str]:
 # --- PostgreSQL and Redis ---------------------------------------------------------------------------------------------
 
 
-def postgres(home: str, port: int, databases: list[str]) -> dict[str, Any]:
+def login(home: str, **changes: Any) -> dict[str, Any]:
+    """How the site's PostgreSQL is reached, wherever it is; the address of Dify's own database."""
+    known = env(home, "postgres")
+    names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD", "dbname": "DATABASE"}
+    names |= {"sslmode": "SSLMODE", "sslrootcert": "SSLROOTCERT"}
+    found = {name: known[f"PG{key}"] for name, key in names.items() if f"PG{key}" in known}
+    return {"host": "127.0.0.1", **found, "connect_timeout": 5, **changes}
+
+
+def postgres(home: str, databases: list[str]) -> dict[str, Any]:
     """What each database answers to its user, and whether a wrong password is refused."""
     import psycopg
 
-    login: dict[str, Any] = {"host": "127.0.0.1", "port": port, "connect_timeout": 5}
-    known = env(home, "postgres")
     answers = {}
     for database in databases:
-        with psycopg.connect(dbname=database, user="dify", password=known["PGPASSWORD"], **login) as connection:
+        with psycopg.connect(**login(home, dbname=database)) as connection:
             row = connection.execute(
                 "SELECT 6 * 7, current_setting('server_encoding'), current_setting('data_checksums'),"
                 " ARRAY(SELECT extname::text FROM pg_extension)"
@@ -161,14 +169,14 @@ def postgres(home: str, port: int, databases: list[str]) -> dict[str, Any]:
         assert row is not None
         answers[database] = dict(zip(("answer", "encoding", "checksums", "extensions"), row, strict=True))
     try:
-        psycopg.connect(dbname=databases[0], user="dify", password="wrong", **login).close()
+        psycopg.connect(**login(home, password="wrong")).close()
         refused = False
     except psycopg.OperationalError as error:
         refused = "password authentication failed" in str(error)
     return {"databases": answers, "refuses_wrong_password": refused}
 
 
-def schema(home: str, port: int) -> dict[str, Any]:
+def schema(home: str) -> dict[str, Any]:
     """Alembic's revision in Dify's database and the heads of the release's migrations."""
     import psycopg
 
@@ -179,32 +187,29 @@ def schema(home: str, port: int) -> dict[str, Any]:
         parents = re.search(r"^down_revision\b[^=]*=\s*(.+)$", text, re.M)
         if revision and parents:
             links[revision[1]] = set(re.findall(r"['\"](\w+)['\"]", parents[1]))
-    known = env(home, "api")
-    with psycopg.connect(
-        host="127.0.0.1",
-        port=port,
-        dbname=known["DB_DATABASE"],
-        user=known["DB_USERNAME"],
-        password=known["DB_PASSWORD"],
-    ) as connection:
+    with psycopg.connect(**login(home)) as connection:
         current = sorted(row[0] for row in connection.execute("SELECT version_num FROM alembic_version"))
     return {"current": current, "heads": sorted(set(links) - set().union(*links.values()))}
 
 
 def redis(home: str, port: int) -> dict[str, Any]:
-    """What Redis says with the password and without."""
+    """What Redis says with the password and without, wherever it is."""
     from redis import Redis
     from redis.backoff import NoBackoff
     from redis.exceptions import AuthenticationError
     from redis.retry import Retry
 
-    with Redis(
-        port=port, password=env(home, "redis")["REDIS_PASSWORD"], socket_timeout=5, decode_responses=True
-    ) as client:
+    known = env(home, "redis")
+    place: dict[str, Any] = {"host": known.get("REDIS_HOST", "127.0.0.1"), "socket_timeout": 5}
+    place["port"] = int(known.get("REDIS_PORT", port))
+    if roots := known.get("REDIS_CA"):
+        place |= {"ssl": True, "ssl_ca_certs": roots}
+    who: dict[str, Any] = {"username": known.get("REDIS_USERNAME") or None, "password": known["REDIS_PASSWORD"] or None}
+    with Redis(**place, **who, decode_responses=True) as client:
         pong, persistence = client.ping(), client.info("persistence")
     try:
         # A refusal counts as a connection error for the library, which would try again for seconds.
-        with Redis(port=port, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as stranger:
+        with Redis(**place, retry=Retry(NoBackoff(), 0)) as stranger:
             stranger.ping()
         refused = False
     except AuthenticationError:
@@ -215,6 +220,25 @@ def redis(home: str, port: int) -> dict[str, Any]:
         "aof_last_write": persistence["aof_last_write_status"],
         "refuses_strangers": refused,
     }
+
+
+def bucket(home: str) -> list[str]:
+    """The first of the keys that Dify keeps in its bucket, by the library that it uses. Runs with the API's Python."""
+    import boto3
+    from botocore.config import Config
+
+    known = env(home, "api")
+    os.environ |= {name: value for name, value in known.items() if name.startswith("AWS_")}
+    client = boto3.client(
+        "s3",
+        aws_access_key_id=known["S3_ACCESS_KEY"],
+        aws_secret_access_key=known["S3_SECRET_KEY"],
+        endpoint_url=known.get("S3_ENDPOINT"),
+        region_name=known["S3_REGION"],
+        config=Config(s3={"addressing_style": known["S3_ADDRESS_STYLE"]}),
+    )
+    listed = client.list_objects_v2(Bucket=known["S3_BUCKET_NAME"], Prefix="privkeys/", MaxKeys=1)
+    return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -395,18 +419,12 @@ def stream(home: str, url: str, question: str) -> dict[str, Any]:
     }
 
 
-def plugins(home: str, port: int, postgres_port: int) -> dict[str, Any]:
+def plugins(home: str, port: int) -> dict[str, Any]:
     """The daemon's health and the plugins that it lists for Dify's workspace."""
     import psycopg
 
     known = env(home, "api")
-    with psycopg.connect(
-        host="127.0.0.1",
-        port=postgres_port,
-        dbname=known["DB_DATABASE"],
-        user=known["DB_USERNAME"],
-        password=known["DB_PASSWORD"],
-    ) as connection:
+    with psycopg.connect(**login(home)) as connection:
         row = connection.execute("SELECT id::text FROM tenants ORDER BY created_at LIMIT 1").fetchone()
     tenant = row[0] if row else ""
     root = f"http://127.0.0.1:{port}"
@@ -431,6 +449,8 @@ def queues(home: str) -> dict[str, list[str]]:
 
     known = env(home, "api")
     app = Celery(broker=known["CELERY_BROKER_URL"])
+    if roots := known.get("REDIS_SSL_CA_CERTS"):
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": roots}
     if prefix := known.get("REDIS_KEY_PREFIX"):
         app.conf.broker_transport_options = {"global_keyprefix": f"{prefix}:"}
     replies = app.control.inspect(timeout=5, limit=1).active_queues() or {}

@@ -36,7 +36,7 @@ def test_every_queue_is_consumed(kit: KitHost) -> None:
 
 @pytest.mark.service("plugin-daemon")
 def test_plugin_daemon_lists_the_provider(kit: KitHost) -> None:
-    answer = kit.probe("plugins", port=kit.ports["plugin-daemon"], postgres_port=kit.ports["postgres"])
+    answer = kit.probe("plugins", port=kit.ports["plugin-daemon"])
     assert answer["health"] == 200, (
         f"the plugin daemon's health is {answer['health']}. Read `make logs SERVICE=plugin-daemon`."
     )

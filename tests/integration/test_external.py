@@ -23,7 +23,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from ansible.module_utils import kit_external
+from ansible.module_utils import kit_external, kit_wire
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -110,7 +110,7 @@ class Elsewhere:
             process.send_signal(signal.SIGINT)
         for process in self.processes:
             try:
-                process.wait(20)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -280,13 +280,15 @@ def test_too_few_connections_are_worth_a_notice(postgres: dict[str, Any]) -> Non
     assert "allows 100 connections" in notice
 
 
-def test_a_postgres_without_tls(postgres: dict[str, Any]) -> None:
+def test_a_postgres_without_tls(elsewhere: Elsewhere, postgres: dict[str, Any]) -> None:
+    def refused() -> None:
+        assert "offers no TLS, but postgres_sslmode is verify-full" in only("postgres", postgres)
+
     with postgres["login"]() as admin:
         admin.execute("ALTER SYSTEM SET ssl = off")
         admin.execute("SELECT pg_reload_conf()")
         try:
-            time.sleep(0.5)
-            assert "offers no TLS, but postgres_sslmode is verify-full" in only("postgres", postgres)
+            elsewhere.until("reload", refused)
         finally:
             admin.execute("ALTER SYSTEM RESET ssl")
             admin.execute("SELECT pg_reload_conf()")
@@ -337,7 +339,8 @@ def test_what_is_wrong_with_redis_is_named(
     assert remedy in said
 
 
-def test_a_redis_that_speaks_no_tls(redis: dict[str, Any]) -> None:
+def test_a_redis_that_speaks_no_tls(redis: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kit_wire, "SECONDS", 1.0)  # it waits for more
     assert "TLS" in only("redis", {**redis, "port": redis["plain"]})
 
 
