@@ -380,19 +380,19 @@ def test_interrupted_initdb_starts_again(deployed: Site) -> None:
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
-# --- The parts that a site may replace, each beginning with no data ---------------------------------------------------
+# --- The parts that a site may replace --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def begun_anew(site: Site, **settings: Any) -> Iterator[None]:
-    """The site with other settings and no data; afterwards as it was."""
+    """The site with other settings and no databases; afterwards as it was."""
     kept = dict(site.settings)
 
     def swap(folder: Path) -> None:
         status, record = site.play("stop")
         assert status == 0, record["output"]
         site.run("mkdir", "-p", str(folder))
-        for name in ("var/postgres", "var/redis", "etc/postgres.marker", "etc/env/postgres-admin.env"):
+        for name in ("var/postgres", "etc/postgres.marker", "etc/env/postgres-admin.env"):
             if (site.home / name).exists():
                 (site.home / name).rename(folder / Path(name).name)
 
@@ -422,17 +422,23 @@ def test_servers_of_the_distribution(deployed: Site) -> None:
     if not trees or not Path("/usr/bin/redis-server").exists():
         pytest.skip("needs the distribution's servers: apt-get install postgresql redis-server")
     own = {"postgres_source": "system", "redis_source": "system", "postgres_extensions": {}}
+    with deployed.redis() as client:
+        client.set("queued", "by Valkey")
     with begun_anew(deployed, **own):
         assert deployed.deploy() > 0
         assert server_version(deployed) == trees[-1].parts[4]
         assert os.readlink(f"/proc/{deployed.pid('postgres')}/exe") == str(trees[-1].with_name("postgres"))
         assert os.readlink(f"/proc/{deployed.pid('redis')}/exe").startswith("/usr/bin/redis")
         with deployed.redis() as client:
-            assert client.config_get("appendonly")["appendonly"] == "yes"
+            assert client.get("queued") == "by Valkey"
+            client.set("queued", "by Redis")
         assert f") {trees[-1].parts[4]}." in deployed.run("pg_dump", "--version")
         assert deployed.deploy() == 0
         deployed.settings["postgres_extensions"] = {"dify_vector": ["no_such"]}
         assert "does not have the extension no_such" in deployed.fail()
+    deployed.deploy()
+    with deployed.redis() as client:
+        assert client.get("queued") == "by Redis"
 
 
 def test_postgres_18_of_the_wheel_and_out_of_an_archive(deployed: Site) -> None:

@@ -35,7 +35,9 @@ def deploy(tmp_path: Path) -> Deploy:
     before = sorted(path.relative_to(site) for path in site.rglob("*"))
 
     def run(inside: Sequence[str] = (), **settings: Any) -> str:
-        (site / "group_vars/kit/settings.yml").write_text(yaml.safe_dump({**places, **settings}))
+        file = site / "group_vars/kit/settings.yml"
+        file.touch(mode=0o600)  # a password may stand in it
+        file.write_text(yaml.safe_dump({**places, **settings}))
         outcome = subprocess.run(
             [*inside, sys.executable, str(ROOT / "deploy/kit.py"), "--site", str(site), "deploy"],
             stdin=subprocess.DEVNULL,
@@ -95,6 +97,33 @@ def test_unreachable_source(deploy: Deploy) -> None:
     assert "http://127.0.0.1:9/dify" in said
     for way_out in ("insteadOf", "DIFY=skip", "archive"):
         assert way_out in said, f"{way_out} should be named as a way out"
+
+
+def test_parts_elsewhere_that_do_not_answer(deploy: Deploy) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    said = deploy(
+        postgres_source="external",
+        postgres_host="127.0.0.1",
+        postgres_port=port,
+        postgres_password="of-the-server",
+        redis_source="external",
+        redis_host="no-such-host.invalid",
+        dify_storage="s3",
+        dify_s3={"endpoint": f"http://127.0.0.1:{port}", "bucket": "files", "access_key": "key"},
+        dify_s3_secret_key="of-the-bucket",
+        dify_vector_store="qdrant",
+        dify_vector_url=f"http://127.0.0.1:{port}",
+    )
+    for sign in ("PostgreSQL cannot be reached", "no-such-host.invalid", "The S3 server cannot", "Qdrant cannot"):
+        assert sign in said, sign
+    assert "of-the-" not in said
+
+
+def test_password_elsewhere_is_not_the_generated_one(deploy: Deploy) -> None:
+    said = deploy(postgres_source="external", postgres_host="db.example.com")
+    assert "postgres_password is empty" in said
+    assert "secrets.yml" in said
 
 
 def test_too_little_disk(deploy: Deploy, tmp_path: Path) -> None:

@@ -844,10 +844,10 @@ def check_redis(findings: Findings, home: Path, account: Account) -> None:
         done = account.run(["redis-check-rdb", str(data)], {"PATH": "/usr/bin:/bin"})
         if done.returncode and "version" in done.stdout:
             findings.problem(
-                f"{data.parent} was written by a newer Redis or Valkey than {server}, which cannot read it.",
+                f"{data} was written by a newer Redis or Valkey than {server}, which cannot read it.",
                 "redis_source",
-                "stay with redis_source: wheel; or, when no work is queued (nothing is being indexed), make stop and "
-                f"move {data.parent} away: there are only queues and caches in it.",
+                "stay with redis_source: wheel; or, when no work is queued (nothing is being indexed): make deploy with "
+                f"it once more, make stop, move {data.parent} away (only queues and caches are in it), then change it.",
             )
 
 
