@@ -846,8 +846,8 @@ def check_redis(findings: Findings, home: Path, account: Account) -> None:
             findings.problem(
                 f"{data} was written by a newer Redis or Valkey than {server}, which cannot read it.",
                 "redis_source",
-                "stay with redis_source: wheel; or, when no work is queued (nothing is being indexed): make deploy with "
-                f"it once more, make stop, move {data.parent} away (only queues and caches are in it), then change it.",
+                "stay with redis_source: wheel; or, while nothing is being indexed, make deploy with "
+                f"that once more, make stop, move {data.parent} away (only queues and caches are in it), then change.",
             )
 
 
