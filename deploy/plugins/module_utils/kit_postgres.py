@@ -169,8 +169,8 @@ def _in_archive(home: Path, archive: Path, sha256: str) -> Programs:
     """Those of an archive: unpacked, or as they will be."""
     folder = home / "runtime" / ARCHIVES / sha256[:12]
     if folder.is_dir():
-        template = next(folder.rglob("postgres.bki"))
-        return Programs.at(folder / "bin", template.parent / "extension", _version(template.read_text()), folder)
+        template, initdb = next(folder.rglob("postgres.bki")), next(folder.rglob("bin/initdb"))
+        return Programs.at(initdb.parent, template.parent / "extension", _version(template.read_text()), folder)
     prove(archive, sha256)
     major, names = "", []
     with _opened(archive) as tar:
@@ -178,13 +178,14 @@ def _in_archive(home: Path, archive: Path, sha256: str) -> Programs:
             names.append(os.path.normpath(member.name))
             if names[-1].endswith("/postgres.bki") and (text := tar.extractfile(member)):
                 major = _version(text.read(100).decode(errors="replace"))
-    if not major or not any(name.endswith("bin/initdb") for name in names):
+    programs = next((folder / name for name in names if f"/{name}".endswith("/bin/initdb")), None)
+    if not major or programs is None:
         raise PostgresProblem(
             f"{archive} (postgres_archive) holds no PostgreSQL server: bin/initdb or share/.../postgres.bki is missing."
             " Remedy: pack a whole installation, the folders bin, lib and share."
         )
     extensions = frozenset(Path(name).stem for name in names if name.endswith(".control"))
-    return Programs(folder / "bin", folder / "share", extensions, major, folder)
+    return Programs(programs.parent, folder, extensions, major, folder)
 
 
 def _version(template: str) -> str:
@@ -240,7 +241,7 @@ def unpack(home: Path, archive: Path, sha256: str) -> bool:
     try:
         with _opened(archive) as tar:
             tar.extractall(scratch)
-        os.rename(next(scratch.rglob("bin/initdb")).parent.parent, folder)
+        os.rename(scratch, folder)
     except OSError as error:
         raise PostgresProblem(
             f"{archive} cannot be unpacked to {folder}: {error}. Remedy: see its words; often the disk is full."
