@@ -282,7 +282,7 @@ class Cluster:
                 f'name, cannot read it, and it was not touched. Remedy: stay with it (postgres_version: "{old}", from '
                 "where it comes now); or move: take a dump while it runs "
                 f"({self.home}/runtime/bin/kit-exec --env-file {self.home}/etc/env/postgres-admin.env -- "
-                f"pg_dumpall --file=all.sql), make stop, move {self.parent}/{old} and {self.marker} away, set the new "
+                f"{self.home}/runtime/bin/pg_dumpall --file=all.sql), make stop, move {self.parent}/{old} and {self.marker} away, set the new "
                 "version, make deploy DIFY=skip, load all.sql with psql in the same way, make deploy."
             )
         if self.marker.is_file():
