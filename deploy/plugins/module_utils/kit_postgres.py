@@ -277,13 +277,14 @@ class Cluster:
         others = majors_with_data(self.home)
         if others:
             old = others[-1]
+            tools = f"{self.home}/runtime/bin"
             raise PostgresProblem(
                 f"The data in {self.parent}/{old} is of PostgreSQL {old}; PostgreSQL {self.major}, which the settings "
                 f'name, cannot read it, and it was not touched. Remedy: stay with it (postgres_version: "{old}", from '
-                "where it comes now); or move: take a dump while it runs "
-                f"({self.home}/runtime/bin/kit-exec --env-file {self.home}/etc/env/postgres-admin.env -- "
-                f"{self.home}/runtime/bin/pg_dumpall --file=all.sql), make stop, move {self.parent}/{old} and {self.marker} away, set the new "
-                "version, make deploy DIFY=skip, load all.sql with psql in the same way, make deploy."
+                f"where it comes now); or move: take a dump while it runs ({tools}/kit-exec --env-file "
+                f"{self.home}/etc/env/postgres-admin.env -- {tools}/pg_dumpall --file=all.sql), make stop, move "
+                f"{self.parent}/{old} and {self.marker} away, set the new version, make deploy DIFY=skip, load all.sql "
+                f"with {tools}/psql in the same way, make deploy."
             )
         if self.marker.is_file():
             raise PostgresProblem(
