@@ -43,6 +43,7 @@ COMMENTS = {
     "toolchain": "What the source asks for: go at least this; node, python within its own range; pnpm exactly.",
     "advisories": "Open in this release. A critical one stops the deploy until dify_acknowledged_advisories names it.",
     "upgrade": "The oldest release whose data an upgrade was proved with; steps after the migration of an older one.",
+    "postgres": "The newest PostgreSQL that its migrations were seen to work with.",
     "adjustments": "Edits of the source for networks that cannot reach an address (dify_source_adjustments: auto).",
     "gunicorn": "How upstream starts the API; options with their defaults.",
     "celery": "How upstream starts worker and beat; a queue that no worker consumes is a task that waits for ever.",
@@ -100,6 +101,7 @@ def draft(
         "adjustments": known.get("adjustments", []),
         "advisories": known.get("advisories", [FILL_IN]),
         "upgrade": known.get("upgrade", {"from": FILL_IN, "steps": [FILL_IN]}),
+        "postgres": known.get("postgres", {"newest": FILL_IN}),
         **found,
     }
     for part, repository, path, tag in (

@@ -25,7 +25,7 @@ class Supervised(NamedTuple):
 class KitHost:
     """One host of the site: what the deploy says about it, and ways to ask it.
 
-    >>> kit.ports["redis"], kit.probe("redis", port=kit.ports["redis"])
+    >>> kit.ports["redis"], kit.probe("redis")
     """
 
     def __init__(self, name: str, facts: dict[str, Any]) -> None:
@@ -34,6 +34,8 @@ class KitHost:
         self.home: str = facts["kit_home"]
         self.user: str = facts["kit_user"]
         self.services: list[str] = facts["services"]
+        # Dify's, the plugin daemon's, the vectors'.
+        self.databases: list[str] = facts.get("databases", ["dify", "dify_plugin", "dify_vector"])
         # Named like the services, and daemon's second one for plugin developers: only what this host runs.
         self.ports = {
             name.replace("_", "-"): int(port)

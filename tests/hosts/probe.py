@@ -258,15 +258,22 @@ def environment(pid: int) -> dict[str, str]:
 # --- PostgreSQL and Redis ---------------------------------------------------------------------------------------------
 
 
-def postgres(home: str, port: int, databases: list[str]) -> dict[str, Any]:
+def login(home: str, **changes: Any) -> dict[str, Any]:
+    """How the site's PostgreSQL is reached, wherever it is; the address of Dify's own database."""
+    known = env(home, "postgres")
+    names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD", "dbname": "DATABASE"}
+    names |= {"sslmode": "SSLMODE", "sslrootcert": "SSLROOTCERT"}
+    found = {name: known[f"PG{key}"] for name, key in names.items() if f"PG{key}" in known}
+    return {"host": "127.0.0.1", **found, "connect_timeout": 5, **changes}
+
+
+def postgres(home: str, databases: list[str]) -> dict[str, Any]:
     """What each database answers to its user, and whether a wrong password is refused."""
     import psycopg
 
-    login: dict[str, Any] = {"host": "127.0.0.1", "port": port, "connect_timeout": 5}
-    known = env(home, "postgres")
     answers = {}
     for database in databases:
-        with psycopg.connect(dbname=database, user="dify", password=known["PGPASSWORD"], **login) as connection:
+        with psycopg.connect(**login(home, dbname=database)) as connection:
             row = connection.execute(
                 "SELECT 6 * 7, current_setting('server_encoding'), current_setting('data_checksums'),"
                 " ARRAY(SELECT extname::text FROM pg_extension)"
@@ -274,33 +281,33 @@ def postgres(home: str, port: int, databases: list[str]) -> dict[str, Any]:
         assert row is not None
         answers[database] = dict(zip(("answer", "encoding", "checksums", "extensions"), row, strict=True))
     try:
-        psycopg.connect(dbname=databases[0], user="dify", password="wrong", **login).close()
+        psycopg.connect(**login(home, password="wrong")).close()
         refused = False
     except psycopg.OperationalError as error:
         refused = "password authentication failed" in str(error)
     return {"databases": answers, "refuses_wrong_password": refused}
 
 
-def connections(home: str, port: int, services: dict[str, int]) -> dict[str, Any]:
+def connections(home: str, databases: list[str], services: dict[str, int]) -> dict[str, Any]:
     """What the running processes may open in PostgreSQL, what it allows, and what they have open, by database.
 
-    The processes are asked by their environment, so what was restarted with older settings counts as it is.
+    `databases` are Dify's, the plugin daemon's and the vectors'. The processes are asked by their environment, so what
+    was restarted with older settings counts as it is.
     """
     import psycopg
 
-    allowed = {"dify": 0, "dify_plugin": 0}
+    dify, plugin, vectors = databases
+    allowed = {dify: 0, plugin: 0}
     for main in services.values():
         family = descendants(main)
         for pid in family:
             told = environment(pid)
             # The parent of a service's workers opens nothing itself.
             if len(descendants(pid)) == 1 and "SQLALCHEMY_POOL_SIZE" in told:
-                allowed["dify"] += int(told["SQLALCHEMY_POOL_SIZE"]) + int(told["SQLALCHEMY_MAX_OVERFLOW"])
-        allowed["dify_plugin"] += int(environment(main).get("DB_MAX_OPEN_CONNS", 0))
-    password = env(home, "postgres")["PGPASSWORD"]
-    login: dict[str, Any] = {"host": "127.0.0.1", "port": port, "user": "dify", "password": password}
-    with psycopg.connect(dbname="dify", **login) as connection:
-        limit = connection.execute("SELECT datconnlimit FROM pg_database WHERE datname = 'dify_vector'").fetchone()
+                allowed[dify] += int(told["SQLALCHEMY_POOL_SIZE"]) + int(told["SQLALCHEMY_MAX_OVERFLOW"])
+        allowed[plugin] += int(environment(main).get("DB_MAX_OPEN_CONNS", 0))
+    with psycopg.connect(**login(home)) as connection:
+        limit = connection.execute("SELECT datconnlimit FROM pg_database WHERE datname = %s", [vectors]).fetchone()
         settings = connection.execute(
             "SELECT current_setting('max_connections')::int, current_setting('superuser_reserved_connections')::int"
         ).fetchone()
@@ -310,11 +317,11 @@ def connections(home: str, port: int, services: dict[str, int]) -> dict[str, Any
         ).fetchall()
     assert limit is not None
     assert settings is not None
-    allowed["dify_vector"] = limit[0]
+    allowed[vectors] = limit[0]
     return {"allowed": allowed, "max": settings[0], "reserved": settings[1], "open": dict(opened)}
 
 
-def schema(home: str, port: int) -> dict[str, Any]:
+def schema(home: str) -> dict[str, Any]:
     """Alembic's revision in Dify's database and the heads of the release's migrations."""
     import psycopg
 
@@ -325,32 +332,29 @@ def schema(home: str, port: int) -> dict[str, Any]:
         parents = re.search(r"^down_revision\b[^=]*=\s*(.+)$", text, re.M)
         if revision and parents:
             links[revision[1]] = set(re.findall(r"['\"](\w+)['\"]", parents[1]))
-    known = env(home, "api")
-    with psycopg.connect(
-        host="127.0.0.1",
-        port=port,
-        dbname=known["DB_DATABASE"],
-        user=known["DB_USERNAME"],
-        password=known["DB_PASSWORD"],
-    ) as connection:
+    with psycopg.connect(**login(home)) as connection:
         current = sorted(row[0] for row in connection.execute("SELECT version_num FROM alembic_version"))
     return {"current": current, "heads": sorted(set(links) - set().union(*links.values()))}
 
 
 def redis(home: str, port: int) -> dict[str, Any]:
-    """What Redis says with the password and without."""
+    """What Redis says with the password and without, wherever it is."""
     from redis import Redis
     from redis.backoff import NoBackoff
     from redis.exceptions import AuthenticationError
     from redis.retry import Retry
 
-    with Redis(
-        port=port, password=env(home, "redis")["REDIS_PASSWORD"], socket_timeout=5, decode_responses=True
-    ) as client:
+    known = env(home, "redis")
+    place: dict[str, Any] = {"host": known.get("REDIS_HOST", "127.0.0.1"), "socket_timeout": 5}
+    place["port"] = int(known.get("REDIS_PORT", port))
+    if roots := known.get("REDIS_CA"):
+        place |= {"ssl": True, "ssl_ca_certs": roots}
+    who: dict[str, Any] = {"username": known.get("REDIS_USERNAME") or None, "password": known["REDIS_PASSWORD"] or None}
+    with Redis(**place, **who, decode_responses=True) as client:
         pong, persistence = client.ping(), client.info("persistence")
     try:
         # A refusal counts as a connection error for the library, which would try again for seconds.
-        with Redis(port=port, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as stranger:
+        with Redis(**place, retry=Retry(NoBackoff(), 0)) as stranger:
             stranger.ping()
         refused = False
     except AuthenticationError:
@@ -362,6 +366,25 @@ def redis(home: str, port: int) -> dict[str, Any]:
         "last_save": persistence["rdb_last_bgsave_status"],
         "refuses_strangers": refused,
     }
+
+
+def bucket(home: str) -> list[str]:
+    """The first of the keys that Dify keeps in its bucket, by the library that it uses. Runs with the API's Python."""
+    import boto3
+    from botocore.config import Config
+
+    known = env(home, "api")
+    os.environ |= {name: value for name, value in known.items() if re.match(r"AWS_|(https?|no)_proxy$", name)}
+    client = boto3.client(
+        "s3",
+        aws_access_key_id=known["S3_ACCESS_KEY"],
+        aws_secret_access_key=known["S3_SECRET_KEY"],
+        endpoint_url=known.get("S3_ENDPOINT"),
+        region_name=known["S3_REGION"],
+        config=Config(s3={"addressing_style": known["S3_ADDRESS_STYLE"]}),
+    )
+    listed = client.list_objects_v2(Bucket=known["S3_BUCKET_NAME"], Prefix="privkeys/", MaxKeys=1)
+    return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -626,18 +649,12 @@ def stream(home: str, url: str, question: str) -> dict[str, Any]:
     }
 
 
-def plugins(home: str, port: int, postgres_port: int) -> dict[str, Any]:
+def plugins(home: str, port: int) -> dict[str, Any]:
     """The daemon's health and the plugins that it lists for Dify's workspace."""
     import psycopg
 
     known = env(home, "api")
-    with psycopg.connect(
-        host="127.0.0.1",
-        port=postgres_port,
-        dbname=known["DB_DATABASE"],
-        user=known["DB_USERNAME"],
-        password=known["DB_PASSWORD"],
-    ) as connection:
+    with psycopg.connect(**login(home)) as connection:
         row = connection.execute("SELECT id::text FROM tenants ORDER BY created_at LIMIT 1").fetchone()
     tenant = row[0] if row else ""
     root = f"http://127.0.0.1:{port}"
@@ -662,6 +679,8 @@ def queues(home: str, workers: int) -> dict[str, list[str]]:
 
     known = env(home, "api")
     app = Celery(broker=known["CELERY_BROKER_URL"])
+    if roots := known.get("REDIS_SSL_CA_CERTS"):
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": roots}
     if prefix := known.get("REDIS_KEY_PREFIX"):
         app.conf.broker_transport_options = {"global_keyprefix": f"{prefix}:"}
     replies = app.control.inspect(timeout=10, limit=workers).active_queues() or {}

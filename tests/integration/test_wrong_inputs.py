@@ -43,6 +43,7 @@ class Site:
     def deploy(self, *arguments: str, wrapper: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """What `make deploy` runs, within ``wrapper`` if given."""
         settings = self.inventory / "group_vars" / "kit" / "settings.yml"
+        settings.touch(mode=0o600)  # a password may stand in it
         settings.write_text(yaml.safe_dump(self.settings))
         return subprocess.run(
             [*wrapper, sys.executable, ROOT / "deploy/kit.py", "--site", self.inventory, "deploy", *arguments],
@@ -203,6 +204,35 @@ def test_unreachable_source(site: Site) -> None:
     assert "Dify's source cannot be used:" in message
     for way_out in ("insteadOf", "dify_source_archive", "kit_cache/builds", "make deploy DIFY=skip"):
         assert way_out in message
+
+
+def test_parts_elsewhere_that_do_not_answer(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    site.settings |= {
+        "postgres_source": "external",
+        "postgres_host": "127.0.0.1",
+        "postgres_port": port,
+        "postgres_password": "of-the-server",
+        "redis_source": "external",
+        "redis_host": "no-such-host.invalid",
+        "dify_storage": "s3",
+        "dify_s3": {"endpoint": f"http://127.0.0.1:{port}", "bucket": "files", "access_key": "key"},
+        "dify_s3_secret_key": "of-the-bucket",
+        "dify_vector_store": "qdrant",
+        "dify_vector_url": f"http://127.0.0.1:{port}",
+    }
+    message = refused(site)
+    for sign in ("PostgreSQL cannot be reached", "no-such-host.invalid", "The S3 server cannot", "Qdrant cannot"):
+        assert sign in message, sign
+    assert "of-the-" not in message
+
+
+def test_password_elsewhere_is_not_the_generated_one(site: Site) -> None:
+    site.settings |= {"postgres_source": "external", "postgres_host": "db.example.com"}
+    message = refused(site)
+    assert "postgres_password is empty" in message
+    assert "secrets.yml" in message
 
 
 def test_too_little_disk(site: Site) -> None:

@@ -23,7 +23,14 @@ filter_loader.add_directory(str(ROOT / "deploy/plugins/filter"))
 FULL = {"api", "websocket", "worker", "workflow-worker", "beat", "web", "agent-backend", "agent-runtime"}
 
 
-def site(cores: int = 2, memory_mb: int = 24_000, lacks: str = "", sandbox: bool = False, **settings: Any) -> Any:
+def site(
+    cores: int = 2,
+    memory_mb: int = 24_000,
+    lacks: str = "",
+    sandbox: bool = False,
+    without: tuple[str, ...] = (),
+    **settings: Any,
+) -> Any:
     """Renders a variable of a site: ``site()("dify_source_services")``."""
     loader = DataLoader()
     variables: dict[str, Any] = {}
@@ -49,6 +56,8 @@ def site(cores: int = 2, memory_mb: int = 24_000, lacks: str = "", sandbox: bool
         "kit_secret_agent_runtime_token": "token",
         **settings,
     }
+    for name in without:
+        del variables[name]
     templar = Templar(loader, variables)
     return lambda name: templar.template(trust_as_template("{{ " + name + " }}"))
 
@@ -108,6 +117,37 @@ def test_what_the_processes_are_told_fits_into_what_postgresql_is_told(cores: in
     limits = render("postgres_connection_limits")
     opened += int(limits["dify_vector"]) + kit_dify.DAEMON_POOL
     assert opened + 20 < int(render("postgres_max_connections"))
+
+
+def test_the_preflight_knows_the_connections_before_a_role_has_said_its_defaults() -> None:
+    names = ("dify_source_layout", "dify_source_api_workers", "dify_source_api_connections", "dify_source_worker_tasks")
+    assert site(without=names)("postgres_max_connections") == site()("postgres_max_connections")
+
+
+def test_a_limit_belongs_to_the_vectors_whatever_their_database_is_called() -> None:
+    assert set(site(postgres_databases=["a", "b", "c"])("postgres_connection_limits")) == {"c"}
+
+
+def test_servers_elsewhere_are_no_services_here() -> None:
+    elsewhere = site(postgres_source="external", redis_source="external")("kit_host_services")
+    assert set(site()("kit_host_services")) - set(elsewhere) == {"postgres", "redis"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "direct"),
+    [
+        ({}, "127.0.0.1,localhost,model"),
+        ({"dify_storage": "s3", "dify_s3": {"endpoint": "https://s3.lan:9"}}, "127.0.0.1,localhost,model,s3.lan"),
+        (
+            {"dify_storage": "s3", "dify_s3": {"region": "eu-1"}},
+            "127.0.0.1,localhost,model,s3.eu-1.amazonaws.com",
+        ),
+    ],
+)
+def test_the_daemon_reaches_its_bucket_past_the_egress_proxy(settings: dict[str, Any], direct: str) -> None:
+    network = site(provider_endpoint="http://model:1/v1", **settings)("plugin_daemon_network")
+    assert network["no_proxy"] == direct
+    assert network["http_proxy"] == "http://127.0.0.1:17815"
 
 
 def test_every_queue_is_named_in_one_workers_command() -> None:

@@ -19,8 +19,26 @@ POSTGRES = {
     "password": "pg-secret",
     "database": "dify",
     "vector_database": "v",
+    "sslmode": "disable",
+    "sslrootcert": "/ca.pem",
 }
-REDIS = {"host": "127.0.0.1", "port": 6, "password": "re/dis@secret"}
+REDIS = {
+    "host": "127.0.0.1",
+    "port": 6,
+    "username": "",
+    "password": "re/dis@secret",
+    "tls": False,
+    "ca_file": "/redis-ca.pem",
+}
+S3 = {
+    "kind": "s3",
+    "endpoint": "https://s3.example.com",
+    "region": "eu-1",
+    "bucket": "b",
+    "access_key": "id",
+    "secret_key": "s3-secret",
+    "address_style": "path",
+}
 AGENT = {
     "url": "http://127.0.0.1:7",
     "key": "agent-secret",
@@ -33,6 +51,8 @@ COMMON: dict[str, Any] = {
     "network": kit_network.environment("/ca.pem"),
     "postgres": POSTGRES,
     "redis": REDIS,
+    "storage": {"kind": "fs"},
+    "vector": {"kind": "pgvector", "url": "", "api_key": ""},
     "inner_api_key": "inner-secret",
     "request_timeout": 900,
     "plugin_package_mb": 300,
@@ -145,18 +165,32 @@ def test_people_edit_together_where_sockets_have_their_own_process(layout: str) 
     assert kit_dify.web_env(site)["NEXT_PUBLIC_ENABLE_COLLABORATION_MODE"] is (layout == "full")
 
 
+# Of the libraries beneath: libpq, AWS', and whatever verifies certificates.
+LIBRARIES = {"PGSSLMODE", "PGSSLROOTCERT", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"}
+LIBRARIES |= set(kit_network.CA_NAMES)
+ELSEWHERE: dict[str, Any] = {
+    "postgres": {**POSTGRES, "host": "db.example.com", "sslmode": "verify-full"},
+    "redis": {**REDIS, "host": "redis.example.com", "username": "dify", "tls": True},
+    "storage": S3,
+}
+
+
 @pytest.mark.parametrize("make", [kit_dify.api_env, kit_dify.web_env])
-def test_every_setting_of_dify_is_one_that_the_release_reads(make: Any) -> None:
-    known = {key for keys in ENV_KEYS.values() for key in keys}
-    system = {"FLASK_APP", "PYTHONDONTWRITEBYTECODE", "TIKTOKEN_CACHE_DIR", *kit_network.CA_NAMES}
+@pytest.mark.parametrize("kind", ["pgvector", "qdrant", "weaviate"])
+@pytest.mark.parametrize("parts", [{}, ELSEWHERE])
+def test_every_setting_of_dify_is_one_that_the_release_reads(make: Any, kind: str, parts: Any) -> None:
+    known = {key for keys in ENV_KEYS.values() for key in keys} | LIBRARIES
+    system = {"FLASK_APP", "PYTHONDONTWRITEBYTECODE", "TIKTOKEN_CACHE_DIR"}
     system |= {"NODE_ENV", "HOSTNAME", "SCARF_NO_ANALYTICS", "CREATORS_PLATFORM_FEATURES_ENABLED"}
-    assert set(make(dify())) - known - system == set()
+    site = dify(**parts, vector={"kind": kind, "url": "https://v", "api_key": "k"})
+    assert set(make(site)) - known - system == set()
 
 
-def test_every_setting_of_the_daemon_is_one_that_it_reads() -> None:
+@pytest.mark.parametrize("parts", [{}, ELSEWHERE])
+def test_every_setting_of_the_daemon_is_one_that_it_reads(parts: Any) -> None:
     # Plugins read two of them.
-    system = {"GIN_MODE", "MAX_REQUEST_TIMEOUT", "MAX_INVOCATION_TIMEOUT", *kit_network.CA_NAMES}
-    env = kit_dify.daemon_env(daemon(pypi_index="https://mirror/simple"))
+    system = {"GIN_MODE", "MAX_REQUEST_TIMEOUT", "MAX_INVOCATION_TIMEOUT"} | LIBRARIES
+    env = kit_dify.daemon_env(daemon(pypi_index="https://mirror/simple", **parts))
     assert set(env) - set(ENV_KEYS["plugin_daemon"]) - system == set()
 
 
@@ -169,6 +203,33 @@ def test_the_web_server_knows_no_secret() -> None:
 
 def test_a_password_is_escaped_in_an_address() -> None:
     assert kit_dify.api_env(dify())["CELERY_BROKER_URL"] == "redis://:re%2Fdis%40secret@127.0.0.1:6/1"
+
+
+def test_servers_elsewhere_are_told_to_both_with_tls() -> None:
+    api, plugins = kit_dify.api_env(dify(**ELSEWHERE)), kit_dify.daemon_env(daemon(**ELSEWHERE))
+    for env in (api, plugins):
+        assert (env["DB_HOST"], env["PGSSLROOTCERT"]) == ("db.example.com", "/ca.pem")
+        assert (env["REDIS_USERNAME"], env["REDIS_USE_SSL"]) == ("dify", True)
+        assert (env["REDIS_SSL_CERT_REQS"], env["REDIS_SSL_CA_CERTS"]) == ("CERT_REQUIRED", "/redis-ca.pem")
+        assert env["AWS_CA_BUNDLE"] == "/ca.pem"
+    assert api["PGSSLMODE"] == "verify-full"
+    assert api["CELERY_BROKER_URL"] == "rediss://dify:re%2Fdis%40secret@redis.example.com:6/1"
+    assert api["EVENT_BUS_REDIS_URL"].endswith("/0?ssl_cert_reqs=required&ssl_ca_certs=/redis-ca.pem")
+    assert (api["STORAGE_TYPE"], api["S3_BUCKET_NAME"], api["S3_ADDRESS_STYLE"]) == ("s3", "b", "path")
+    assert plugins["DB_SSL_MODE"] == "require"
+    assert (plugins["PLUGIN_STORAGE_TYPE"], plugins["PLUGIN_STORAGE_OSS_BUCKET"]) == ("aws_s3", "b")
+    assert plugins["S3_USE_PATH_STYLE"] is True
+
+
+def test_old_knowledge_is_found_when_new_goes_elsewhere() -> None:
+    env = kit_dify.api_env(dify(vector={"kind": "qdrant", "url": "http://q:6333", "api_key": ""}))
+    assert (env["VECTOR_STORE"], env["QDRANT_URL"], env["PGVECTOR_DATABASE"]) == ("qdrant", "http://q:6333", "v")
+    assert env["QDRANT_API_KEY"] is None
+
+
+def test_a_site_may_choose_what_only_dify_knows() -> None:
+    env = kit_dify.api_env(dify(env={"VECTOR_STORE": "milvus", "STORAGE_TYPE": "azure-blob"}))
+    assert (env["VECTOR_STORE"], env["STORAGE_TYPE"]) == ("milvus", "azure-blob")
 
 
 def test_without_a_public_url_every_address_is_relative_but_those_of_this_host() -> None:
@@ -205,6 +266,7 @@ def test_proxies_and_certificates_reach_every_process() -> None:
         kit_dify.api_env(dify(network=network)),
         kit_dify.web_env(dify(network=network)),
         kit_dify.daemon_env(daemon(network=network)),
+        kit_dify.agent_env(dify(network=network)),
     ):
         assert network.items() <= env.items()
 
@@ -364,8 +426,19 @@ def test_without_agents_nobody_is_asked() -> None:
     assert kit_dify.api_env(site)["AGENT_BACKEND_BASE_URL"] == kit_dify.NOWHERE
 
 
-def test_every_setting_of_the_agent_backend_is_one_that_it_reads() -> None:
-    assert set(kit_dify.agent_env(dify())) - set(ENV_KEYS["agent"]) == {"PYTHONDONTWRITEBYTECODE"}
+@pytest.mark.parametrize("parts", [{}, ELSEWHERE])
+def test_every_setting_of_the_agent_backend_is_one_that_it_reads(parts: Any) -> None:
+    system = {"PYTHONDONTWRITEBYTECODE", *kit_network.CA_NAMES}
+    assert set(kit_dify.agent_env(dify(**parts))) - set(ENV_KEYS["agent"]) == system
+
+
+def test_the_agent_backend_finds_redis_wherever_it_is() -> None:
+    url = "DIFY_AGENT_REDIS_URL"
+    assert kit_dify.agent_env(dify())[url] == "redis://:re%2Fdis%40secret@127.0.0.1:6/2"
+    # It knows the address alone, so what the server's certificate is checked with stands there.
+    assert kit_dify.agent_env(dify(**ELSEWHERE))[url] == (
+        "rediss://dify:re%2Fdis%40secret@redis.example.com:6/2?ssl_cert_reqs=required&ssl_ca_certs=/redis-ca.pem"
+    )
 
 
 def test_dify_asks_others_through_the_egress_proxy_whatever_no_proxy_says() -> None:

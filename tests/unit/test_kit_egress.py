@@ -51,17 +51,19 @@ def test_what_is_open_is_said() -> None:
 
 
 def test_plugins_go_through_it_but_for_this_host_and_the_model() -> None:
-    found = kit_egress.plugin_network(DIRECT, "http://127.0.0.1:15", "https://gpu-box:8000/v1")
+    found = kit_egress.plugin_network(DIRECT, "http://127.0.0.1:15", ["https://gpu-box:8000/v1", ""])
     assert {found[name] for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} == {
         "http://127.0.0.1:15"
     }
     assert found["no_proxy"] == found["NO_PROXY"] == "127.0.0.1,localhost,gpu-box"
     assert found["SSL_CERT_FILE"] == "/ca.pem"
-    assert kit_egress.plugin_network(DIRECT, "p", "http://[fd00::5]:1/v1")["no_proxy"].endswith(",fd00::5")
-    assert kit_egress.plugin_network(DIRECT, "p", "http://127.0.0.1:1/v1")["no_proxy"] == "127.0.0.1,localhost"
+    assert kit_egress.plugin_network(DIRECT, "p", ["http://[fd00::5]:1/v1"])["no_proxy"].endswith(",fd00::5")
+    assert kit_egress.plugin_network(DIRECT, "p", ["http://127.0.0.1:1/v1"])["no_proxy"] == "127.0.0.1,localhost"
+    both = kit_egress.plugin_network(DIRECT, "p", ["http://model:1/v1", "https://s3.example.com:9000"])
+    assert both["no_proxy"].endswith(",model,s3.example.com")
 
 
 def test_plugins_of_a_site_with_a_proxy_go_through_that_one() -> None:
     own = kit_network.environment("/ca.pem", https_proxy="http://proxy:3128", no_proxy="a,b")
-    assert kit_egress.plugin_network(own, "http://127.0.0.1:15", "http://x/v1") == own
-    assert kit_egress.plugin_network(DIRECT, "", "http://x/v1") == DIRECT
+    assert kit_egress.plugin_network(own, "http://127.0.0.1:15", ["http://x/v1"]) == own
+    assert kit_egress.plugin_network(DIRECT, "", ["http://x/v1"]) == DIRECT

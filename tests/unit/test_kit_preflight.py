@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import os
 import platform
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -698,6 +700,27 @@ def test_what_it_is_built_with_counts_only_until_it_is_built(monkeypatch: pytest
 # --- all of it ------------------------------------------------------------------------------------
 
 
+# The kit's own on this host.
+STORES: dict[str, Any] = {
+    "dify": True,
+    "postgres": {
+        "source": "wheel",
+        "version": "",
+        "archive": "",
+        "archive_sha256": "",
+        "newest": "18",
+        "host": "127.0.0.1",
+        "port": 5,
+        "database": "dify",
+        "extensions": ["vector"],
+        "databases": {},
+    },
+    "redis": {"source": "wheel"},
+    "storage": {"kind": "fs"},
+    "vector": {"kind": "pgvector"},
+}
+
+
 def parameters(home: Path, **changes: Any) -> dict[str, Any]:
     user = ME.pw_name if os.geteuid() else "kit-nobody-yet"
     given: dict[str, Any] = {
@@ -719,6 +742,7 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
         "agent_runtime": False,
         "mirrors": NAMED,
         "binds": {"gateway_bind": "127.0.0.1"},
+        "stores": STORES,
     }
     return {**given, **changes}
 
@@ -776,3 +800,67 @@ def test_data_of_an_earlier_run_is_seen(tmp_path: Path) -> None:
     assert kit_preflight.examine(given, ME.pw_name)[1]["has_data"] is False
     (tmp_path / "dify-kit/var/postgres/PG_VERSION").write_text("16\n")
     assert kit_preflight.examine(given, ME.pw_name)[1]["has_data"] is True
+
+
+def stores_problems(home: Path, **changes: Any) -> list[str]:
+    """What is said of the parts on a host, with PostgreSQL's settings changed."""
+    findings = Findings()
+    stores = {**STORES, "postgres": {**STORES["postgres"], **changes}}
+    kit_preflight.check_parts(findings, str(home), Account.find(ME.pw_name, ME.pw_dir), stores, ENVIRONMENT)
+    return [f"{problem.what} {problem.remedy}" for problem in findings.problems]
+
+
+def test_a_part_that_begins_anew_beside_its_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "etc/env").mkdir(parents=True)
+    (tmp_path / "etc/env/api.env").write_text(
+        "DB_DATABASE='dify'\nDB_HOST='db.example.com'\nDB_PORT='5432'\nSTORAGE_TYPE='s3'\nS3_BUCKET_NAME='b'\n"
+    )
+    database, files = stores_problems(tmp_path)
+    assert "Dify's data is in dify at db.example.com:5432" in database
+    assert "Dify's files are in the bucket b" in files
+    # Taken over.
+    (tmp_path / "var/postgres/16").mkdir(parents=True)
+    (tmp_path / "var/postgres/16/PG_VERSION").write_text("16\n")
+    (tmp_path / "var/storage/privkeys").mkdir(parents=True)
+    assert stores_problems(tmp_path) == []
+
+
+def test_a_postgres_that_cannot_read_the_data_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "var/postgres/16"
+    data.mkdir(parents=True)
+    (data / "PG_VERSION").write_text("16\n")
+    assert stores_problems(tmp_path) == stores_problems(tmp_path, version="16") == []
+    (said,) = stores_problems(tmp_path, version="18")
+    assert f"The data in {data} is of PostgreSQL 16; PostgreSQL 18" in said
+    for way_out in ('postgres_version: "16"', "pg_dumpall"):
+        assert way_out in said
+    (said,) = stores_problems(tmp_path, source="system", version="99")
+    assert "PostgreSQL 99 is not installed" in said
+    assert "apt-get install postgresql-99" in said
+    (data / "PG_VERSION").unlink()
+    (said,) = stores_problems(tmp_path, version="18", newest="17")
+    assert "with 17 at most" in said
+
+
+def test_an_archive_is_looked_into_before_it_is_unpacked(tmp_path: Path) -> None:
+    def packed(*names: str) -> dict[str, str]:
+        root = tmp_path / str(len(names))
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("# PostgreSQL 17\n")
+        with tarfile.open(tmp_path / "pg.tar.gz", "w:gz") as tar:
+            tar.add(root, "pgsql")
+        digest = hashlib.sha256((tmp_path / "pg.tar.gz").read_bytes()).hexdigest()
+        return {"source": "archive", "archive": str(tmp_path / "pg.tar.gz"), "archive_sha256": digest}
+
+    server = ("bin/initdb", "bin/postgres", "share/postgresql/postgres.bki")
+    (said,) = stores_problems(tmp_path, **packed(*server))
+    assert "PostgreSQL 17 lacks the extension vector" in said
+    whole = packed(*server, "share/postgresql/extension/vector.control")
+    assert stores_problems(tmp_path, **whole) == []
+    (said,) = stores_problems(tmp_path, **{**whole, "archive_sha256": "0" * 64})
+    assert f"has the sha256 {whole['archive_sha256']}" in said
+    (said,) = stores_problems(tmp_path, **packed("bin/psql"))
+    assert "holds no PostgreSQL server" in said
+    (said,) = stores_problems(tmp_path, **{**whole, "archive": "/nowhere.tar"})
+    assert "cannot be read: No such file" in said

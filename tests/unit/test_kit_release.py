@@ -483,7 +483,7 @@ def test_draft_says_what_is_left_and_a_second_run_keeps_it(
 ) -> None:
     assert draft(tmp_path, dify, daemon) == 1
     left = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert left == ["sandbox.commit", "advisories[0]", "upgrade.from", "upgrade.steps[0]"]
+    assert left == ["sandbox.commit", "advisories[0]", "upgrade.from", "upgrade.steps[0]", "postgres.newest"]
 
     path = tmp_path / "9.9.0.yml"
     data = yaml.safe_load(path.read_text())
@@ -491,8 +491,8 @@ def test_draft_says_what_is_left_and_a_second_run_keeps_it(
     assert data["dify"] == {"tag": "9.9.0", "commit": head.stdout.strip(), "repository": release_file.DIFY}
     assert data["toolchain"]["pnpm"] == {"version": "11.0.1", "integrity": registry}
 
-    data.update(advisories=[], upgrade={"from": "9.8.0", "steps": []})
     data["sandbox"]["commit"] = "1" * 40
+    data.update(advisories=[], upgrade={"from": "9.8.0", "steps": []}, postgres={"newest": "18"})
     data["adjustments"] = [adjustment({"file": "a", "pattern": r"^x\d: y$", "replacement": "  a: 'b'\n"})]
     data["dify"]["commit"] = "0" * 40
     path.write_text(yaml.safe_dump(data))

@@ -94,3 +94,8 @@ def test_secrets_are_recovered_from_the_hosts_files() -> None:
 def test_all_but_the_admin_password_can_be_recovered() -> None:
     recoverable = {name for names in kit_secrets.ON_HOST.values() for name in names.values()}
     assert set(kit_secrets.SECRETS) - recoverable == {kit_secrets.ADMIN_PASSWORD}
+
+
+def test_the_password_of_another_server_is_not_recovered_as_the_kits() -> None:
+    text = "DB_HOST='db.example.com'\nDB_PASSWORD='theirs'\nREDIS_HOST='127.0.0.1'\nREDIS_PASSWORD='ours'\n"
+    assert kit_secrets.recover("api.env", text) == {"kit_secret_redis": "ours"}

@@ -253,7 +253,7 @@ def test_a_key_has_its_place(name: str) -> None:
     assert "every user of this machine" in problem.what
     assert "secrets.yml" in problem.remedy
     (problem,) = found("sk-1\n")
-    assert "cannot be sent" in problem.what
+    assert "outside ASCII" in problem.what
     assert "sk-1" not in problem.what
     assert kit_validate.check_key_file(name, "settings.yml", 0o100600) == []
     (problem,) = kit_validate.check_key_file(name, "settings.yml", 0o100644)
@@ -382,3 +382,52 @@ def test_one_message_for_each_mistake_about_mail(
 def test_a_mail_password_without_a_server() -> None:
     (found,) = kit_validate.check_mail({}, "word", WHERE)
     assert "dify_source_mail is empty" in found.what
+
+
+DATABASES = {"postgres_databases": ["a", "b", "c"], "dify_vector_store": "pgvector"}
+
+
+@pytest.mark.parametrize(
+    ("values", "there", "expected"),
+    [
+        ({"postgres_source": "wheel", "redis_source": "wheel"}, [], []),
+        ({"postgres_source": "external"}, [], ["postgres_host is empty", "postgres_password is empty"]),
+        ({"postgres_source": "external", "postgres_host": "h", "postgres_password": "p"}, ["postgres_host"], []),
+        (
+            {"postgres_source": "external", "postgres_host": "h", "postgres_password": "it's"},
+            [],
+            ["postgres_password holds a quote"],
+        ),
+        ({"postgres_source": "wheel", "postgres_host": "h"}, ["postgres_host"], ["postgres_source is wheel"]),
+        ({"redis_source": "external"}, [], ["redis_host is empty"]),
+        ({"redis_source": "system", "redis_tls": True}, ["redis_tls"], ["redis_source is system"]),
+        ({"postgres_source": "archive"}, [], ["archive is empty", "archive_sha256 is empty"]),
+        ({"postgres_source": "wheel", "postgres_version": "18"}, [], ["PostgreSQL 17 at most"]),
+        ({"postgres_source": "wheel", "postgres_version": "16.4"}, [], ["no major version"]),
+        (
+            {"postgres_source": "external", "postgres_host": "h", "postgres_password": "p", "postgres_version": "16"},
+            [],
+            ["which has its own"],
+        ),
+        ({"postgres_databases": ["dify"]}, [], ["must be three"]),
+        ({"dify_storage": "s3"}, [], ["dify_s3 is empty", "dify_s3_secret_key is empty"]),
+        (
+            {"dify_storage": "s3", "dify_s3": {"endpoint": "s3.example.com"}, "dify_s3_secret_key": "k"},
+            [],
+            ["without http:// or https://"],
+        ),
+        ({"dify_storage": "fs", "dify_s3": {"bucket": "b"}}, ["dify_s3"], ["dify_storage is fs"]),
+        ({"dify_vector_store": "qdrant"}, [], ["dify_vector_url is empty"]),
+        ({"dify_vector_url": "http://q"}, ["dify_vector_url"], ["dify_vector_store is pgvector"]),
+    ],
+)
+def test_parts_have_what_their_sources_need(values: dict[str, Any], there: list[str], expected: list[str]) -> None:
+    problems = kit_validate.check_parts({**DATABASES, **values}, dict.fromkeys(there, WHERE), "17")
+    assert len(problems) == len(expected), problems
+    assert all(part in problem.what for part, problem in zip(expected, problems, strict=True))
+    assert all(problem.remedy for problem in problems)
+
+
+def test_a_bucket_lacks_nothing() -> None:
+    (problem,) = problems("dify_s3", {"bucket": "b"})
+    assert "dify_s3 lacks the key access_key" in problem.what

@@ -42,12 +42,29 @@ def test_without_dify_none_of_its_services_stays() -> None:
     template = WIRING["services_unwanted"].strip().removeprefix("{{").removesuffix("}}")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
     environment.filters["regex_replace"] = lambda value, _, prefix: f"{prefix}{value}"
-    found = environment.compile_expression(template)(dify_mode="skip", inference_endpoint="kit")
+    own = {"inference_endpoint": "kit", "postgres_source": "wheel", "redis_source": "system"}
+    found = environment.compile_expression(template)(dify_mode="skip", **own)
     assert {"websocket", "agent-backend", "agent-runtime", *kit_dify.RUNNERS} <= set(found or [])
-    assert environment.compile_expression(template)(dify_mode="source", inference_endpoint="kit") == []
+    assert environment.compile_expression(template)(dify_mode="source", **own) == []
+    elsewhere = own | {"postgres_source": "external", "redis_source": "external"}
+    assert environment.compile_expression(template)(dify_mode="source", **elsewhere) == ["postgres", "redis"]
 
 
 def test_the_kits_key_is_never_shown_to_another_server() -> None:
     key = WIRING["provider_api_key"]
     assert render(key, inference_endpoint="kit", inference_api_key="secret") == "secret"
     assert render(key, inference_endpoint="external", inference_api_key="secret") == ""
+
+
+@pytest.mark.parametrize(("part", "variable"), [("postgres", "postgres_password"), ("redis", "redis_password")])
+def test_the_generated_passwords_are_never_shown_to_another_server(part: str, variable: str) -> None:
+    def password(source: str) -> str:
+        return render(WIRING[variable], **{f"{part}_source": source, f"kit_secret_{part}": "secret"})
+
+    assert password("wheel") == password("system") == "secret"
+    assert password("external") == ""
+
+
+def test_the_generated_password_of_the_superuser_is_the_kits_own_alone() -> None:
+    names = [name for name, value in WIRING.items() if "kit_secret_postgres_admin" in str(value)]
+    assert names == ["postgres_admin_password"]

@@ -183,6 +183,13 @@ class ActionModule(ActionBase):
         if value("dify_mode") == "source" and not broken & set(names):
             chosen = {name: value(name) or specs[name].get("default") for name in names}
             yield from rules.check_sandbox(chosen, where)
+        names = [name for name in specs if name.startswith(rules.PART_NAMES)]
+        if not broken & set(names):
+            parts = {name: value(name) for name in names}
+            newest = self._mapping(str(deploy / "releases" / f"{value('dify_release')}.yml")).get("postgres", {})
+            yield from rules.check_parts(
+                parts, where, str(newest.get("newest", "")) if value("dify_mode") == "source" else ""
+            )
         names = ["inference_model", "inference_weights_source", "inference_weights_folder", "inference_hub_mirror"]
         if value("inference_endpoint") != "external" and not broken & set(names):
             files = (deploy.parent / "inference" / "catalog").glob("*.yml")

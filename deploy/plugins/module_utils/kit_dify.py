@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+
+from . import kit_parts
 
 Env = dict[str, Any]
 
@@ -190,15 +191,7 @@ def mail_env(mail: Mapping[str, Any], password: str) -> Env:
 _WIRED = {
     "api": {
         "SECRET_KEY": "dify_source_secret_key",
-        "DB_HOST": "dify_source_postgres",
-        "DB_PORT": "dify_source_postgres",
-        "DB_USERNAME": "dify_source_postgres",
-        "DB_PASSWORD": "dify_source_postgres",
-        "DB_DATABASE": "dify_source_postgres",
-        "REDIS_HOST": "dify_source_redis",
-        "REDIS_PORT": "dify_source_redis",
-        "REDIS_PASSWORD": "dify_source_redis",
-        "CELERY_BROKER_URL": "dify_source_redis",
+        **kit_parts.WIRED,
         "PLUGIN_DAEMON_URL": "dify_source_plugin_daemon_url",
         "PLUGIN_DAEMON_KEY": "dify_source_plugin_daemon_key",
         "INNER_API_KEY_FOR_PLUGIN": "dify_source_inner_api_key",
@@ -233,7 +226,7 @@ _WIRED = {
         "SQLALCHEMY_MAX_OVERFLOW": "dify_source_api_connections",
     },
     "agent": {
-        "DIFY_AGENT_REDIS_URL": "dify_source_redis",
+        "DIFY_AGENT_REDIS_URL": "redis_host",
         "DIFY_AGENT_PLUGIN_DAEMON_URL": "dify_source_plugin_daemon_url",
         "DIFY_AGENT_PLUGIN_DAEMON_API_KEY": "dify_source_plugin_daemon_key",
         "DIFY_AGENT_INNER_API_URL": "dify_source_api_port",
@@ -251,14 +244,7 @@ _WIRED = {
         "SERVER_KEY": "plugin_daemon_key",
         "DIFY_INNER_API_URL": "plugin_daemon_api_url",
         "DIFY_INNER_API_KEY": "plugin_daemon_inner_api_key",
-        "DB_HOST": "plugin_daemon_postgres",
-        "DB_PORT": "plugin_daemon_postgres",
-        "DB_USERNAME": "plugin_daemon_postgres",
-        "DB_PASSWORD": "plugin_daemon_postgres",
-        "DB_DATABASE": "plugin_daemon_postgres",
-        "REDIS_HOST": "plugin_daemon_redis",
-        "REDIS_PORT": "plugin_daemon_redis",
-        "REDIS_PASSWORD": "plugin_daemon_redis",
+        **kit_parts.WIRED,
         "MAX_PLUGIN_PACKAGE_SIZE": "plugin_daemon_package_mb",
         "PLUGIN_MAX_EXECUTION_TIMEOUT": "dify_source_request_timeout",
         "DIFY_BACKWARDS_INVOCATION_READ_TIMEOUT": "dify_source_request_timeout",
@@ -309,15 +295,9 @@ def _own(variable: str, site: Mapping[str, Any], components: Iterable[str], want
 # --- Environments ---------------------------------------------------------------------------------------------------
 
 
-def _redis_url(redis: Mapping[str, Any], database: int) -> str:
-    password = quote(str(redis["password"]), safe="")
-    return f"redis://:{password}@{redis['host']}:{redis['port']}/{database}"
-
-
 def api_env(site: Mapping[str, Any]) -> Env:
     """Environment of the API, its workers, beat and ``flask``: they are one program. See ``dify_source_site``."""
-    url, postgres, redis = site["public_url"], site["postgres"], site["redis"]
-    sizing, timeout, agent = site["sizing"], site["request_timeout"], site["agent"]
+    url, sizing, timeout, agent = site["public_url"], site["sizing"], site["request_timeout"], site["agent"]
     allowed = limits(site["upload_mb"], site["env"])
     env: Env = {
         "EDITION": "SELF_HOSTED",
@@ -338,33 +318,13 @@ def api_env(site: Mapping[str, Any]) -> Env:
         # Where plugins and models fetch files: from this host.
         "INTERNAL_FILES_URL": site["internal_files_url"],
         "CONSOLE_CORS_ALLOW_ORIGINS": url,
-        "DB_TYPE": "postgresql",
-        "DB_HOST": postgres["host"],
-        "DB_PORT": postgres["port"],
-        "DB_USERNAME": postgres["user"],
-        "DB_PASSWORD": postgres["password"],
-        "DB_DATABASE": postgres["database"],
+        **kit_parts.api_env(site),
         # For commands; each service has its own.
         **sizing["pools"]["beat"],
         # A restarted database costs a ping, not a failed request.
         "SQLALCHEMY_POOL_PRE_PING": True,
-        "REDIS_HOST": redis["host"],
-        "REDIS_PORT": redis["port"],
-        "REDIS_PASSWORD": redis["password"],
-        "REDIS_DB": 0,
-        "CELERY_BACKEND": "redis",
-        "CELERY_BROKER_URL": _redis_url(redis, 1),
-        "STORAGE_TYPE": "opendal",
-        "OPENDAL_SCHEME": "fs",
-        "OPENDAL_FS_ROOT": f"{site['home']}/var/storage",
         "TIKTOKEN_CACHE_DIR": f"{site['home']}/var/run/tiktoken",
-        "VECTOR_STORE": "pgvector",
-        "PGVECTOR_HOST": postgres["host"],
-        "PGVECTOR_PORT": postgres["port"],
-        "PGVECTOR_USER": postgres["user"],
-        "PGVECTOR_PASSWORD": postgres["password"],
-        "PGVECTOR_DATABASE": postgres["vector_database"],
-        # A pool lives for one search, which uses one; PostgreSQL holds all of them together below a limit.
+        # A pool lives for one search, which uses one; the kit's PostgreSQL holds all of them together below a limit.
         "PGVECTOR_MIN_CONNECTION": 1,
         "PGVECTOR_MAX_CONNECTION": 5,
         "PLUGIN_DAEMON_URL": site["plugin_daemon_url"],
@@ -440,7 +400,7 @@ def agent_env(site: Mapping[str, Any]) -> Env:
         }
     env |= {
         "PYTHONDONTWRITEBYTECODE": "1",
-        "DIFY_AGENT_REDIS_URL": _redis_url(site["redis"], 2),
+        "DIFY_AGENT_REDIS_URL": kit_parts.verified_redis_url(site["redis"], 2),
         "DIFY_AGENT_PLUGIN_DAEMON_URL": site["plugin_daemon_url"],
         "DIFY_AGENT_PLUGIN_DAEMON_API_KEY": site["plugin_daemon_key"],
         "DIFY_AGENT_INNER_API_URL": site["api_url"],
@@ -450,12 +410,12 @@ def agent_env(site: Mapping[str, Any]) -> Env:
         "DIFY_AGENT_SERVER_SECRET_KEY": agent["key"],
         "DIFY_AGENT_OUTBOUND_HTTP_READ_TIMEOUT": site["request_timeout"],
     }
-    return env | _own("dify_source_env", site, COMPONENTS, "agent")
+    return dict(site["network"]) | env | _own("dify_source_env", site, COMPONENTS, "agent")
 
 
 def daemon_env(site: Mapping[str, Any]) -> Env:
     """Environment of the plugin daemon and its command line. See ``plugin_daemon_site`` in the role."""
-    postgres, redis, timeout = site["postgres"], site["redis"], site["request_timeout"]
+    timeout = site["request_timeout"]
     env: Env = {
         "GIN_MODE": "release",
         "PLATFORM": "local",
@@ -467,20 +427,8 @@ def daemon_env(site: Mapping[str, Any]) -> Env:
         "PLUGIN_REMOTE_INSTALLING_ENABLED": True,
         "PLUGIN_REMOTE_INSTALLING_HOST": "127.0.0.1",
         "PLUGIN_REMOTE_INSTALLING_PORT": site["debug_port"],
-        "DB_TYPE": "postgresql",
-        "DB_HOST": postgres["host"],
-        "DB_PORT": postgres["port"],
-        "DB_USERNAME": postgres["user"],
-        "DB_PASSWORD": postgres["password"],
-        "DB_DATABASE": postgres["database"],
-        "DB_SSL_MODE": "disable",
+        **kit_parts.daemon_env(site),
         "DB_MAX_OPEN_CONNS": DAEMON_POOL,
-        "REDIS_HOST": redis["host"],
-        "REDIS_PORT": redis["port"],
-        "REDIS_PASSWORD": redis["password"],
-        "REDIS_DB": 0,
-        "PLUGIN_STORAGE_TYPE": "local",
-        "PLUGIN_STORAGE_LOCAL_ROOT": f"{site['home']}/var/plugins/storage",
         "PLUGIN_WORKING_PATH": f"{site['home']}/var/plugins/cwd",
         "MAX_PLUGIN_PACKAGE_SIZE": site["plugin_package_mb"] * MIB,
         "PLUGIN_STDIO_MAX_BUFFER_SIZE": site["limits"]["line"] * MIB,

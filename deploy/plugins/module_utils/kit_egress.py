@@ -83,15 +83,16 @@ def notices(allow: Iterable[str], proxies: Iterable[str] = ()) -> list[str]:
     return found
 
 
-def plugin_network(network: Mapping[str, str], proxy: str, endpoint: str) -> dict[str, str]:
+def plugin_network(network: Mapping[str, str], proxy: str, direct: Iterable[str]) -> dict[str, str]:
     """The plugins' environment: the site's ``network``, and the egress proxy ``proxy`` (or empty) if that has none.
 
-    This host (where plugins fetch files) and the model's ``endpoint`` are reached without it.
+    This host (where plugins fetch files) and the addresses ``direct`` are reached without it: the model's, and that of
+    the daemon's bucket, as the daemon and its plugins share an environment.
     """
     found = dict(network)
     if not proxy or any(found.get(name) for name in ("http_proxy", "https_proxy")):
         return found
     for name in ("http_proxy", "https_proxy"):
         found |= {name: proxy, name.upper(): proxy}
-    direct = ",".join(dict.fromkeys((*LOOPBACK_NAMES, urlsplit(endpoint).hostname or LOOPBACK_NAMES[0])))
-    return found | {"no_proxy": direct, "NO_PROXY": direct}
+    names = ",".join(dict.fromkeys((*LOOPBACK_NAMES, *filter(None, (urlsplit(url).hostname for url in direct)))))
+    return found | {"no_proxy": names, "NO_PROXY": names}

@@ -29,6 +29,8 @@ POSTGRES_SPEC: dict[str, Any] = {
     "password": {"type": "str", "required": True, "no_log": True},
     "database": {"type": "str", "required": True},
     "vector_database": {"type": "str"},
+    "sslmode": {"type": "str", "default": "disable"},
+    "sslrootcert": {"type": "path"},
 }
 
 
@@ -128,13 +130,16 @@ def connected(postgres: Mapping[str, Any]) -> Iterator[psycopg.Connection[Any]]:
             user=postgres["user"],
             password=postgres["password"],
             dbname=postgres["database"],
+            sslmode=postgres["sslmode"],
+            sslrootcert=postgres["sslrootcert"] if postgres["sslmode"].startswith("verify") else None,
             connect_timeout=10,
             autocommit=True,
         )
     except psycopg.OperationalError as error:
         raise MigrationProblem(
             f"The database {place} can't be used: {str(error).strip()}\n"
-            "Remedy: `make status` shows whether postgres runs, `make logs SERVICE=postgres` why not."
+            "Remedy: `make status` shows whether postgres runs, `make logs SERVICE=postgres` why not; "
+            "an external server is asked again by `make deploy`."
         ) from None
     with connection:
         yield connection

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,22 +63,195 @@ def config_value(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-# --- The cluster's files ----------------------------------------------------------------------------------------------
+# --- Where its programs come from -------------------------------------------------------------------------------------
 
 
-def major_version(bin_folder: Path) -> str:
-    """Return the major version of the server's programs, "16"."""
-    try:
-        run = subprocess.run([bin_folder / "postgres", "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+#: The trees in the runtime's wheel, by major version; links in kit_home/runtime.
+WHEEL_TREES = {"16": "postgresql", "18": "postgresql18"}
+#: Where distributions have a PostgreSQL: folder of its programs, folder of its extensions.
+SYSTEM_TREES = (
+    ("/usr/lib/postgresql/*/bin", "/usr/share/postgresql/{major}/extension"),  # Debian, Ubuntu
+    ("/usr/pgsql-*/bin", "/usr/pgsql-{major}/share/extension"),  # postgresql.org's packages for Red Hat
+)
+ARCHIVES = "postgresql-archive"
+#: In the stand-in for the contrib module uuid-ossp, by which it is told from the real one.
+STAND_IN = "the kit's stand-in"
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A PostgreSQL to run: its programs, its extensions' folder and their names, and its major version, "16".
+
+    ``build`` is what stands for it: when that is another one, the server must be started anew.
+    """
+
+    bin: Path
+    extensions: Path
+    names: frozenset[str]
+    major: str
+    build: Path
+
+    @classmethod
+    def at(cls, folder: Path, extensions: Path, major: str, build: Path) -> Programs:
+        """Those in a folder ``bin``, with the extensions that are there now."""
+        return cls(folder, extensions, frozenset(path.stem for path in extensions.glob("*.control")), major, build)
+
+    def uuid_ossp(self) -> Path | None:
+        """Where the kit's stand-in for uuid-ossp belongs; None for a server that has the real one."""
+        control = self.extensions / "uuid-ossp.control"
+        ours = not control.exists() or STAND_IN in control.read_text(errors="replace")
+        return control.with_suffix("") if ours else None
+
+
+def majors_with_data(home: Path) -> list[str]:
+    """The versions of which there is data, the newest last."""
+    return sorted((path.parent.name for path in (home / "var/postgres").glob("[0-9]*/PG_VERSION")), key=int)
+
+
+def find_programs(home: Path, source: str, version: str, archive: str = "", sha256: str = "") -> Programs:
+    """The PostgreSQL that a site runs.
+
+    :param source: wheel, system or archive.
+    :param version: major version; empty for that of the data which is there, else the source's first choice.
+    :raises PostgresProblem: there is none.
+    """
+    if source == "archive":
+        return _in_archive(home, Path(archive), sha256)
+    system = _system_programs() if source == "system" else {}
+    choices = sorted(system or WHEEL_TREES, key=int)
+    kept = [major for major in majors_with_data(home) if major in choices]
+    major = version or (kept[-1] if kept else choices[-1] if system else "16")
+    if source == "system" and major not in system:
+        has = f" (it has {', '.join(system)})" if system else ""
         raise PostgresProblem(
-            f"PostgreSQL's programs in {bin_folder} do not run: {error}. "
-            "Remedy: delete the folder runtime in kit_home and run `make deploy` again."
+            f"postgres_source is system, but PostgreSQL{' ' + version if version else ''} is not installed on this "
+            f"host{has}. Remedy: let an administrator install it: apt-get install postgresql"
+            f"{'-' + version if version else ''} (its own server need not run: systemctl disable --now postgresql); or "
+            "let the kit bring one: postgres_source: wheel"
+        )
+    if source == "system":
+        return system[major]
+    if major not in WHEEL_TREES:
+        raise PostgresProblem(
+            f"postgres_version is {version}, but the wheel has PostgreSQL {' and '.join(WHEEL_TREES)}. "
+            "Remedy: choose one of them, or another postgres_source."
+        )
+    tree = home / "runtime" / WHEEL_TREES[major]
+    return Programs.at(tree / "bin", tree / "share/postgresql/extension", major, tree)
+
+
+def _system_programs() -> dict[str, Programs]:
+    """Those that distributions have installed, by major version."""
+    found = {}
+    for programs, extensions in SYSTEM_TREES:
+        for server in map(Path, glob(f"{programs}/postgres")):
+            major = re.sub(r"\D", "", server.parent.parent.name)
+            # A package with the client alone has no initdb.
+            if major and (server.parent / "initdb").exists():
+                found[major] = Programs.at(server.parent, Path(extensions.format(major=major)), major, server)
+    return found
+
+
+def find_tools(home: Path) -> tuple[Path, bool]:
+    """The folder of psql and pg_dump for a server of unknown version, and whether they are known to speak TLS.
+
+    The newest know all older servers; the wheel's are built without TLS.
+    """
+    installed = [Path(found).parent for pattern, _ in SYSTEM_TREES for found in glob(f"{pattern}/pg_dump")]
+    newest = max(installed, key=lambda folder: int(re.sub(r"\D", "", folder.parent.name) or 0), default=None)
+    return (newest, True) if newest else (home / "runtime" / WHEEL_TREES["18"] / "bin", False)
+
+
+# --- A PostgreSQL out of an archive -----------------------------------------------------------------------------------
+
+
+def _in_archive(home: Path, archive: Path, sha256: str) -> Programs:
+    """Those of an archive: unpacked, or as they will be."""
+    folder = home / "runtime" / ARCHIVES / sha256[:12]
+    if folder.is_dir():
+        template, initdb = next(folder.rglob("postgres.bki")), next(folder.rglob("bin/initdb"))
+        return Programs.at(initdb.parent, template.parent / "extension", _version(template.read_text()), folder)
+    prove(archive, sha256)
+    major, names = "", []
+    with _opened(archive) as tar:
+        for member in tar:
+            names.append(os.path.normpath(member.name))
+            if names[-1].endswith("/postgres.bki") and (text := tar.extractfile(member)):
+                major = _version(text.read(100).decode(errors="replace"))
+    programs = next((folder / name for name in names if f"/{name}".endswith("/bin/initdb")), None)
+    if not major or programs is None:
+        raise PostgresProblem(
+            f"{archive} (postgres_archive) holds no PostgreSQL server: bin/initdb or share/.../postgres.bki is missing."
+            " Remedy: pack a whole installation, the folders bin, lib and share."
+        )
+    extensions = frozenset(Path(name).stem for name in names if name.endswith(".control"))
+    return Programs(programs.parent, folder, extensions, major, folder)
+
+
+def _version(template: str) -> str:
+    """The major version that a server's catalog template names in its first line, ``# PostgreSQL 16``."""
+    found = re.match(r"# PostgreSQL (\d+)", template)
+    return found[1] if found else ""
+
+
+def prove(archive: Path, sha256: str) -> None:
+    """An archive is there, and it is the one that the site means.
+
+    :raises PostgresProblem: it is not.
+    """
+    where = f"{archive} (postgres_archive)"
+    digest = hashlib.sha256()
+    try:
+        with archive.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise PostgresProblem(
+            f"{where} cannot be read: {error.strerror}. Remedy: copy it to the host, for the service user to read."
         ) from None
-    found = re.search(r"\(PostgreSQL\) (\d+)", run.stdout)
-    if found is None:
-        raise PostgresProblem(f"{bin_folder}/postgres is not PostgreSQL: {run.stdout.strip()}. Remedy: see above.")
-    return found[1]
+    if digest.hexdigest() != sha256.lower():
+        raise PostgresProblem(
+            f"{where} has the sha256 {digest.hexdigest()}, not that of postgres_archive_sha256. "
+            "Remedy: copy the file anew, or, if it is the right one, correct postgres_archive_sha256."
+        )
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(archive) as tar:
+            # Links out of its own folder and device files are refused where this Python knows how to.
+            tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+            yield tar
+    except (tarfile.TarError, EOFError) as error:
+        raise PostgresProblem(
+            f"{archive} (postgres_archive) is no tar archive: {error}. Remedy: pack it as .tar.gz or .tar.xz."
+        ) from None
+
+
+def unpack(home: Path, archive: Path, sha256: str) -> bool:
+    """Unpack an archive beside its place and rename it; return whether that was needed."""
+    folder = home / "runtime" / ARCHIVES / sha256[:12]
+    if folder.is_dir():
+        return False
+    prove(archive, sha256)
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    scratch = folder.with_name(".new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        with _opened(archive) as tar:
+            tar.extractall(scratch)
+        os.rename(scratch, folder)
+    except OSError as error:
+        raise PostgresProblem(
+            f"{archive} cannot be unpacked to {folder}: {error}. Remedy: see its words; often the disk is full."
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+# --- The cluster's files ----------------------------------------------------------------------------------------------
 
 
 class Cluster:
@@ -82,9 +260,9 @@ class Cluster:
     The marker is what tells a first deploy from a host that has lost its disk: an empty folder alone does not.
     """
 
-    def __init__(self, home: Path, bin_folder: Path) -> None:
-        self.bin = bin_folder
-        self.major = major_version(bin_folder)
+    def __init__(self, home: Path, programs: Programs) -> None:
+        self.bin, self.major = programs.bin, programs.major
+        self.home = home
         self.parent = home / "var" / "postgres"
         self.data = self.parent / self.major
         self.marker = home / "etc" / "postgres.marker"
@@ -96,13 +274,17 @@ class Cluster:
         """
         if (self.data / "PG_VERSION").is_file():
             return True
-        others = sorted(path.parent.name for path in self.parent.glob("[0-9]*/PG_VERSION"))
+        others = majors_with_data(self.home)
         if others:
+            old = others[-1]
+            tools = f"{self.home}/runtime/bin"
             raise PostgresProblem(
-                f"The data in {self.parent}/{others[-1]} is of PostgreSQL {others[-1]}, but the runtime brings "
-                f"PostgreSQL {self.major}, which cannot read it. Remedy: go back to the kit that wrote it, take a dump "
-                f"there (`pg_dumpall`), move {self.parent}/{others[-1]} and {self.marker} away, deploy this kit and "
-                "load the dump."
+                f"The data in {self.parent}/{old} is of PostgreSQL {old}; PostgreSQL {self.major}, which the settings "
+                f'name, cannot read it, and it was not touched. Remedy: stay with it (postgres_version: "{old}", from '
+                f"where it comes now); or move: take a dump while it runs ({tools}/kit-exec --env-file "
+                f"{self.home}/etc/env/postgres-admin.env -- {tools}/pg_dumpall --file=all.sql), make stop, move "
+                f"{self.parent}/{old} and {self.marker} away, set the new version, make deploy DIFY=skip, load all.sql "
+                f"with {tools}/psql in the same way, make deploy."
             )
         if self.marker.is_file():
             raise PostgresProblem(

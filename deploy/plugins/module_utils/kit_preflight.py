@@ -27,10 +27,12 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from . import kit_subids
+from . import kit_external, kit_subids
+from .kit_files import parse_env
 from .kit_gateway import forward
 from .kit_mirrors import Mirrors
 from .kit_network import opener
+from .kit_postgres import Cluster, PostgresProblem, find_programs
 from .kit_report import Problem
 
 PROBE_SECONDS = 8.0
@@ -947,6 +949,98 @@ def foreign_dify(home: str, environment: Mapping[str, str], account: Account) ->
     return found
 
 
+# --- The parts that a site may replace --------------------------------------------------------------------------------
+
+
+def check_postgres(findings: Findings, home: Path, postgres: Mapping[str, Any]) -> None:
+    """The programs are there, with their extensions, and fit the data; ``postgres`` as ``kit_postgres_cluster``'s."""
+    try:
+        programs = find_programs(
+            home, postgres["source"], postgres["version"], postgres["archive"], postgres["archive_sha256"]
+        )
+        Cluster(home, programs).exists()
+    except PostgresProblem as problem:
+        what, _, remedy = str(problem).partition(" Remedy: ")
+        findings.problem(what, "postgres_source, postgres_version", remedy)
+        return
+    if postgres["newest"] and int(programs.major) > int(postgres["newest"]):
+        findings.problem(
+            f"This would be PostgreSQL {programs.major}; this release of Dify works with {postgres['newest']} at most.",
+            "postgres_source, postgres_version",
+            "choose an older one (postgres_version), or a newer dify_release.",
+        )
+    lacking = sorted(set(postgres["extensions"]) - programs.names)
+    if postgres["source"] == "wheel" or not lacking:
+        return  # the wheel's are known
+    package = f"postgresql-{programs.major}-pgvector"
+    findings.problem(
+        f"PostgreSQL {programs.major} lacks the extension {' and '.join(lacking)}.",
+        str(programs.extensions) if postgres["source"] == "system" else postgres["archive"],
+        "one of these:\n"
+        + (
+            f"- let an administrator install {package} (Debian 13, Ubuntu 24.04, or postgresql.org's packages)\n"
+            if postgres["source"] == "system"
+            else "- pack an installation that has it\n"
+        )
+        + "- keep the vectors elsewhere: dify_vector_store\n"
+        "- use the PostgreSQL that the kit brings: postgres_source: wheel",
+    )
+
+
+def check_redis(findings: Findings, home: Path, account: Account) -> None:
+    """The distribution's Redis is there, and can read the data that is."""
+    server = "/usr/bin/redis-server"
+    if not os.access(server, os.X_OK):
+        findings.problem(
+            "redis_source is system, but Redis is not installed on this host.",
+            server,
+            "let an administrator install it: apt-get install redis-server (its own server need not run: systemctl "
+            "disable --now redis-server); or let the kit bring one: redis_source: wheel",
+        )
+        return
+    for data in sorted((home / "var/redis/appendonlydir").glob("*.base.rdb")):
+        done = account.run(["redis-check-rdb", str(data)], {"PATH": "/usr/bin:/bin"})
+        if done.returncode and "version" in done.stdout:
+            findings.problem(
+                f"{data} was written by a newer Redis or Valkey than {server}, which cannot read it.",
+                "redis_source",
+                "stay with redis_source: wheel; or, while nothing is being indexed, make deploy with "
+                f"that once more, make stop, move {data.parent} away (only queues and caches are in it), then change.",
+            )
+
+
+def check_parts(
+    findings: Findings, home: str, account: Account, parts: Mapping[str, Any], environment: Mapping[str, str]
+) -> None:
+    """PostgreSQL, Redis, file storage and the vector store, whoever runs them; see the module's ``stores``."""
+    env_file = Path(home, "etc/env/api.env")
+    before: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        before = parse_env(env_file.read_text())
+    postgres, redis, storage, vector = (parts[name] for name in ("postgres", "redis", "storage", "vector"))
+    wanted = {"postgres": postgres, "storage": storage, "external": postgres["source"] == "external"}
+    moved = kit_external.moves(before, home, wanted) if parts["dify"] else {}
+    findings.problems += kit_external.unmoved(moved, home, wanted, str(env_file))
+    ca_file = environment.get("SSL_CERT_FILE", "")
+    web = {"environment": environment, "ca_file": ca_file}
+    servers: dict[str, Mapping[str, Any]] = {}
+    if wanted["external"]:
+        servers["postgres"] = {**postgres, "moved_from": moved.get("postgres", ""), "forget": str(env_file)}
+    else:
+        check_postgres(findings, Path(home), postgres)
+    if redis["source"] == "external":
+        servers["redis"] = redis
+    elif redis["source"] == "system":
+        check_redis(findings, Path(home), account)
+    if parts["dify"] and storage["kind"] == "s3":
+        servers["storage"] = {**storage, **web, "moved_from": moved.get("storage", ""), "forget": str(env_file)}
+    if parts["dify"] and vector["kind"] != "pgvector":
+        servers["vector"] = {**vector, **web}
+    answers = kit_external.examine(servers)
+    findings.problems += answers.problems
+    findings.notices += answers.notices
+
+
 # --- All of it ------------------------------------------------------------------------------------------------------
 
 
@@ -982,9 +1076,10 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     mirrors = Mirrors(parameters["mirrors"], environment)
 
     # What waits for others runs beside what only looks at this host; each thread adds to findings of its own.
-    asking, looking, boxed = Findings(), Findings(), Findings()
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    asking, looking, boxed, stored = Findings(), Findings(), Findings(), Findings()
+    with ThreadPoolExecutor(max_workers=5) as pool:
         network = pool.submit(check_sources, asking, parts, sources, account, environment, mirrors)
+        stores = pool.submit(check_parts, stored, home, account, parameters["stores"], environment)
         python = None
         if any(part.python for part in parts):
             python = pool.submit(check_python, looking, account, parameters["python"], environment)
@@ -1019,8 +1114,9 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     check_clock(findings, network.result(), time.time())
     if python:
         python.result()  # an error of its own is not lost
-    findings.problems += looking.problems + asking.problems + boxed.problems
-    findings.notices += others.result() + boxed.notices + mirrors.summary()
+    stores.result()
+    findings.problems += looking.problems + asking.problems + boxed.problems + stored.problems
+    findings.notices += others.result() + boxed.notices + stored.notices + mirrors.summary()
 
     data = Path(home, "var", "postgres")
     has_data = False

@@ -68,6 +68,7 @@ SCHEMA: dict[str, Any] = {
             {"name": _NAME, "before": _VERSION, "directory": r"[\w-]+", "command": [r".+"], "reason": _TEXT},
         ],
     },
+    "postgres": {"newest": r"\d+"},
     "adjustments": [
         {
             "name": _NAME,

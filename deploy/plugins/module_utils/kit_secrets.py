@@ -57,14 +57,14 @@ ON_HOST = {
 def recover(file_name: str, text: str) -> dict[str, str]:
     """The site's secrets in one of a host's env files (lines of KEY='value')."""
     wanted = ON_HOST[file_name]
-    found: dict[str, str] = {}
+    known: dict[str, str] = {}
     for line in text.splitlines():
         key, separator, value = line.partition("=")
-        if separator and key in wanted:
-            words = shlex.split(value)
-            if words and words[0]:
-                found[wanted[key]] = words[0]
-    return found
+        words = shlex.split(value) if separator else []
+        known[key] = words[0] if words else ""
+    # A server that the kit does not run has a password of its own.
+    foreign = {f"{part}_PASSWORD" for part in ("DB", "REDIS") if known.get(f"{part}_HOST", "127.0.0.1") != "127.0.0.1"}
+    return {name: known[key] for key, name in wanted.items() if known.get(key) and key not in foreign}
 
 
 def generate(name: str) -> str:

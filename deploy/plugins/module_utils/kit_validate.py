@@ -21,7 +21,23 @@ from .kit_report import Problem
 Spec = Mapping[str, Any]
 
 #: Secrets that somebody else gives out, in whatever form.
-FOREIGN_KEYS = ("provider_api_key", "inference_hub_token", "dify_source_mail_password", "sandbox_api_key")
+FOREIGN_KEYS = (
+    "provider_api_key",
+    "inference_hub_token",
+    "dify_source_mail_password",
+    "sandbox_api_key",
+    "postgres_password",
+    "redis_password",
+    "dify_s3_secret_key",
+    "dify_vector_api_key",
+)
+#: The variables that ``check_parts`` looks at begin so.
+PART_NAMES = ("postgres_", "redis_", "dify_storage", "dify_s3", "dify_vector")
+#: What only a server that the kit does not run has.
+EXTERNAL_ONLY = {
+    "postgres": ("postgres_host", "postgres_sslmode", "postgres_sslrootcert"),
+    "redis": ("redis_host", "redis_username", "redis_tls", "redis_ca"),
+}
 SECRET_PREFIX = "kit_secret_"
 # Written by one program and read by many (URLs, env files, configuration): nothing that any of them would quote.
 SECRET_VALUE = re.compile(r"[A-Za-z0-9_.~-]+")
@@ -239,7 +255,7 @@ def _check_foreign_key(setting: Setting) -> list[Problem]:
         what = f"{name} stands on the command line, which every user of this machine can read while the deploy runs."
         return [Problem(what, setting.where, remedy)]
     if not re.fullmatch(r"[!-~]*", value):
-        what = f"{name} holds a blank, a line break or a letter outside ASCII, which cannot be sent."
+        what = f"{name} holds a blank, a line break or a letter outside ASCII, which not every program can send."
         return [Problem(what, setting.where, "copy the key anew, in quotes and on one line.")]
     return []
 
@@ -374,6 +390,79 @@ def check_mail(mail: Mapping[str, Any], password: str, where: str) -> list[Probl
     if user and security == "none":
         problem(".security is none: the password would be sent readable.", "use starttls or tls, or leave user out.")
     return problems
+
+
+def check_parts(values: Mapping[str, Any], where: Mapping[str, str], newest_postgres: str) -> list[Problem]:
+    """PostgreSQL, Redis, file storage and vectors: what their sources need is there, and nothing contradicts them.
+
+    ``values`` as a host sees them, ``where`` the places of those that the site sets; ``newest_postgres`` is the
+    release's newest major version, empty for any.
+    """
+    problems: list[Problem] = []
+
+    def need(name: str, because: str, remedy: str) -> None:
+        if not values.get(name):
+            place = where.get(name) or where.get(because.split(" ", 1)[0]) or name
+            problems.append(Problem(f"{because}, but {name} is empty.", place, remedy))
+
+    def only(name: str, fits: bool, what: str) -> None:
+        if name in where and values.get(name) and not fits:
+            problems.append(
+                Problem(f"{name} is set, but {what}.", where[name], "delete the line, or change the other.")
+            )
+
+    secret = "write it into the site's group_vars/kit/secrets.yml as {}: ..."
+    for part, names in EXTERNAL_ONLY.items():
+        source = values.get(f"{part}_source")
+        for name in names:
+            only(name, source == "external", f"{part}_source is {source}: the kit's own server is on 127.0.0.1")
+        if source == "external":
+            because = f"{part}_source is external"
+            need(f"{part}_host", because, "set it to the server's host name or address.")
+            if part == "postgres":  # a Redis may have none
+                need("postgres_password", because, secret.format("postgres_password"))
+    if values.get("postgres_source") == "external" and re.search(r"['\"\\\\]", str(values.get("postgres_password"))):
+        what = "postgres_password holds a quote or a backslash, which Dify's plugin daemon cannot be told."
+        problems.append(Problem(what, where.get("postgres_password", ""), "have another password set on the server."))
+    problems += _check_postgres_version(values, where, newest_postgres)
+    archived = values.get("postgres_source") == "archive"
+    for name in ("postgres_archive", "postgres_archive_sha256"):
+        only(name, archived, f"postgres_source is {values.get('postgres_source')}")
+        if archived:
+            need(name, "postgres_source is archive", "set both: the archive's path on the host, and its sha256.")
+    if len(values.get("postgres_databases") or []) != 3:
+        what = "postgres_databases must be three: Dify's, the plugin daemon's and the vectors'."
+        problems.append(Problem(what, where.get("postgres_databases", ""), "e.g. [dify, dify_plugin, dify_vector]"))
+
+    s3 = values.get("dify_storage") == "s3"
+    for name in ("dify_s3", "dify_s3_secret_key"):
+        only(name, s3, "dify_storage is fs")
+    if s3:
+        need("dify_s3", "dify_storage is s3", "set its endpoint, region, bucket and access_key.")
+        need("dify_s3_secret_key", "dify_storage is s3", secret.format("dify_s3_secret_key"))
+        if endpoint := (values.get("dify_s3") or {}).get("endpoint"):
+            problems += _check_url("dify_s3.endpoint", str(endpoint), where.get("dify_s3", ""))
+    store = values.get("dify_vector_store")
+    for name in ("dify_vector_url", "dify_vector_api_key"):
+        only(name, store != "pgvector", "dify_vector_store is pgvector")
+    if store != "pgvector":
+        need("dify_vector_url", f"dify_vector_store is {store}", "set it to the server's address, as http://host:port.")
+    return problems
+
+
+def _check_postgres_version(values: Mapping[str, Any], where: Mapping[str, str], newest: str) -> list[Problem]:
+    version, place = str(values.get("postgres_version") or ""), where.get("postgres_version", "")
+    if not version:
+        return []
+    if values.get("postgres_source") in ("external", "archive"):
+        what = f"postgres_version is set, but postgres_source is {values['postgres_source']}, which has its own."
+        return [Problem(what, place, "delete the line.")]
+    if not version.isdigit():
+        return [Problem(f"postgres_version is {_shown(version)}, no major version.", place, 'write it as "16".')]
+    if newest and int(version) > int(newest):
+        what = f"postgres_version is {version}, but this release of Dify works with PostgreSQL {newest} at most."
+        return [Problem(what, place, f'write "{newest}" or an older one, or choose a newer dify_release.')]
+    return []
 
 
 def weights_sources(entry: Mapping[str, Any], mirror: str, folder: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import getpass
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.kit_migrate import POSTGRES_SPEC
 from ansible.module_utils.kit_network import hide
 from ansible.module_utils.kit_preflight import examine
 from ansible.module_utils.kit_report import render
@@ -37,7 +39,59 @@ options:
     type: bool
     default: false
     description: Look for what the agent runtime needs; what is missing is returned as C(agent_runtime_lacks).
+  stores:
+    type: dict
+    required: true
+    description: >-
+      C(postgres), C(redis), C(storage) and C(vector), of the kit (what is on the host must fit) or external (they are
+      asked), and whether C(dify) is deployed; see kit_postgres_cluster and kit_external.
 """
+
+# Each secret is marked by itself: hiding the whole would blank out every "dify" in what the module says.
+STORES: dict[str, Any] = {
+    "dify": {"type": "bool", "required": True},
+    "postgres": {
+        "type": "dict",
+        "required": True,
+        "options": {
+            **POSTGRES_SPEC,
+            "source": {"type": "str", "required": True},
+            "version": {"type": "str", "required": True},
+            "archive": {"type": "path", "required": True},
+            "archive_sha256": {"type": "str", "required": True},
+            "databases": {"type": "dict", "required": True},
+            "extensions": {"type": "list", "elements": "str", "required": True},
+            "newest": {"type": "str", "required": True},
+            "connections": {"type": "int", "required": True},
+        },
+    },
+    "redis": {
+        "type": "dict",
+        "required": True,
+        "options": {
+            "source": {"type": "str", "required": True},
+            "host": {"type": "str", "required": True},
+            "port": {"type": "int", "required": True},
+            "username": {"type": "str", "required": True},
+            "password": {"type": "str", "required": True, "no_log": True},
+            "tls": {"type": "bool", "required": True},
+            "ca_file": {"type": "path", "required": True},
+        },
+    },
+    "storage": {
+        "type": "dict",
+        "required": True,
+        "options": {
+            **{key: {"type": "str"} for key in ("kind", "endpoint", "region", "bucket", "access_key", "address_style")},
+            "secret_key": {"type": "str", "no_log": True},
+        },
+    },
+    "vector": {
+        "type": "dict",
+        "required": True,
+        "options": {"kind": {"type": "str"}, "url": {"type": "str"}, "api_key": {"type": "str", "no_log": True}},
+    },
+}
 
 
 def main() -> None:
@@ -61,6 +115,7 @@ def main() -> None:
             "sandbox": {"type": "dict", "required": True},
             "sources": {"type": "list", "elements": "dict", "required": True},
             "agent_runtime": {"type": "bool", "default": False},
+            "stores": {"type": "dict", "required": True, "options": STORES},
         },
         supports_check_mode=True,
     )
