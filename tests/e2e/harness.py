@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from tests.e2e.workflow import Workflow
 from tests.hosts import probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,6 +294,13 @@ class Person:
             found = {way: said[f"{way}_tokens"] for way in ("blocking", "streaming", "direct")}
         say(f"{self.name}: {PICTURE_QUESTION!r} is answered, with tokens {found}")
         return found
+
+    def workflow(self) -> Workflow:
+        """The workflow of workflow.py, made in this person's Dify."""
+        facts = self.facts
+        file = self.checkout / "deploy/inventories/local/group_vars/kit/secrets.yml"
+        password = yaml.safe_load(file.read_text())["kit_secret_admin_password"]
+        return Workflow(facts["url"], "admin@example.com", password)
 
     def text_tokens(self, prompt: str) -> int:
         """The tokenizer's count of a prompt as the model gets it."""

@@ -10,7 +10,8 @@ import plugin_package
 import pytest
 import yaml
 
-from tests.e2e.harness import PICTURE_QUESTION, STEP, TIMINGS, WORK, Person, Timing, say
+from tests.e2e import workflow
+from tests.e2e.harness import PICTURE, PICTURE_QUESTION, STEP, TIMINGS, WORK, Person, Timing, say
 
 HOUR = 3600
 PLACES = 10
@@ -30,7 +31,8 @@ PICTURE_TOKENS = 80
 @pytest.fixture(scope="module")
 def deployed() -> Iterator[tuple[Person, str]]:
     """The user after the first `make deploy`, and the answer that every later one must equal."""
-    person = Person("kit-e2e")
+    # The page that the workflow's HTTP node reads is at an address of this machine, where nothing else of it may go.
+    person = Person("kit-e2e", settings={"egress_allow": [workflow.address()]} if workflow.address() else {})
     try:
         person.first = person.make("deploy", 2 * HOUR, title="first deploy, empty caches")
         answer = person.answer()
@@ -181,10 +183,42 @@ def test_deploy_killed_at_ten_places_converges(deployed: tuple[Person, str]) -> 
 
 
 def test_another_model_that_sees(deployed: tuple[Person, str]) -> None:
-    """By every way the prompt has the tokens of its text and of its picture. The last test of this user."""
+    """By every way the prompt has the tokens of its text and of its picture. It stays for the tests after it."""
     person, _ = deployed
     person.make(f"model MODEL={MODEL}", 900, title="make model: another engine, Dify follows")
     assert person.facts["model"] == MODEL
     expected = person.text_tokens(PROMPT) + PICTURE_TOKENS
     assert set(person.picture_tokens().values()) == {expected}
     person.make("check", 600, title="make check of a model that sees")
+
+
+def test_a_workflow_of_everything(deployed: tuple[Person, str]) -> None:
+    """Knowledge, a page, Python, JavaScript, a template and a picture in a workflow, again after everything died."""
+    person, _ = deployed
+    if not person.dify:
+        pytest.skip("Dify's source cannot be had here, see above; workflows need it")
+    host, facts = workflow.address(), person.facts
+    assert host, "this machine has no IPv4 address but loopback; the HTTP node needs one"
+    services = set(facts["services"])
+    assert {"sandbox", "egress", "workflow-worker"} <= services, f"of everything, there is only {services}"
+    made = person.workflow()
+    with workflow.greeting(host) as url:
+        wanted = made.run(url, PICTURE)
+        assert workflow.SEEN in wanted["text"]
+        assert "HELLO FROM BESIDE" in wanted["text"]
+        assert wanted["status"] == 200
+        assert wanted["answer"].strip()
+        system = PROMPT.split(PICTURE_QUESTION)[0]
+        text = f"{wanted['text']} {workflow.QUESTION}"
+        prompt = PROMPT.replace(system, "").replace(PICTURE_QUESTION, system + text)
+        assert wanted["usage"] == person.text_tokens(prompt) + PICTURE_TOKENS
+        refused = made.run(f"http://127.0.0.1:{facts['ports']['redis']}/", PICTURE)
+        assert refused["status"] == 407, f"the HTTP node reached this host's Redis: {refused}"
+
+        for service, pid in person.supervised().items():
+            # It is killed by a test of its own, and takes longer than all others together.
+            if service != "inference":
+                os.kill(pid, signal.SIGKILL)
+        seconds = made.expect(wanted, url, PICTURE, within=300)
+    TIMINGS.append(Timing(person.name, "all services but the model's killed at once: same workflow again", seconds))
+    say(f"{person.name}: everything killed; the workflow has the same outputs after {seconds:.0f} s")

@@ -193,7 +193,7 @@ def environments(home: str, supervisord: int, services: dict[str, int]) -> dict[
 
 
 def settings(home: str, services: dict[str, int]) -> dict[str, Any]:
-    """Which variables of its env files a service's process does not have, or has with another value; how many it has.
+    """Which variables of its configuration a service's process lacks or has with another value; how many it has.
 
     PostgreSQL and Redis write their title over what the kernel shows of their environment: they are left out.
     """
@@ -202,6 +202,10 @@ def settings(home: str, services: dict[str, int]) -> dict[str, Any]:
         conf = Path(home, "etc", "conf.d", f"{service}.conf")
         files = re.findall(r"--env-file (\S+)", conf.read_text()) if service not in ("postgres", "redis") else []
         wanted = {key: value for file in files for key, value in env(home, Path(file).stem).items()}
+        # What stands in the command itself goes before the file.
+        command = re.search(r"^command = (.*?) -- ", conf.read_text(), re.M)
+        words = shlex.split(command[1].replace("%%", "%")) if command and files else []
+        wanted |= dict(word.split("=", 1) for word in words if re.match(r"[A-Za-z_][A-Za-z0-9_]*=", word))
         text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
         has = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
         compared += len(wanted)

@@ -22,7 +22,11 @@ CLASSES: list[tuple[str, str, dict[str, list[int]]]] = [
     # uv opens its locks for every user of a shared folder.
     ("locks of uv", r"(runtime|releases|inference|var/plugins/cwd)/.*venv[^/]*/\.lock", {"file": [0o600, 0o7000]}),
     ("plugins' programs", r"var/plugins/cwd/.+", {"folder": FOLDER, "file": FILE}),
-    ("run time", r"var/(run|inference)(/.*)?", {"folder": OURS, "file": OWN, "socket": OURS}),
+    (
+        "run time",
+        r"var/(run|inference|agent-runtime/state/shellctl/runtime)(/.*)?",
+        {"folder": OURS, "file": OWN, "socket": OURS},
+    ),
     ("data and logs", r"var(/.*)?", {"folder": OURS, "file": OWN}),
     ("programs", r"(runtime|releases|inference)(/.*)?", {"folder": FOLDER, "file": FILE}),
 ]
