@@ -87,6 +87,7 @@ def test_stop_and_boot(deployed: tuple[Person, str]) -> None:
     assert outcome.changed == 0, f"a deploy after the boot hook changed something:\n{outcome.tail()}"
 
 
+@pytest.mark.long
 def test_plugins_without_a_network(deployed: tuple[Person, str]) -> None:
     person, answer = deployed
     if not person.dify:

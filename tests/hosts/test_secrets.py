@@ -12,7 +12,8 @@ from tests.hosts.kit_host import KitHost
 ROOT = Path(__file__).resolve().parents[2]
 
 # Bits that must be set and that must not be, for every file below kit_home. The first class that fits counts.
-OURS = [0o700, 0o7077]  # a folder or socket of the service user alone
+OURS = [0o700, 0o7077]  # a folder of the service user alone
+SOCKET = [0o600, 0o7077]  # such a socket
 PRIVATE = [0o600, 0o7177]  # such a file, no program
 OWN = [0o400, 0o7077]  # such a file, maybe a program
 FOLDER, FILE = [0o700, 0o7022], [0o400, 0o7022]  # others may read; kit_home itself does not let them in
@@ -25,7 +26,7 @@ CLASSES: list[tuple[str, str, dict[str, list[int]]]] = [
     (
         "run time",
         r"var/(run|inference|agent-runtime/state/shellctl/runtime)(/.*)?",
-        {"folder": OURS, "file": OWN, "socket": OURS},
+        {"folder": OURS, "file": OWN, "socket": SOCKET},
     ),
     ("data and logs", r"var(/.*)?", {"folder": OURS, "file": OWN}),
     ("programs", r"(runtime|releases|inference)(/.*)?", {"folder": FOLDER, "file": FILE}),
