@@ -578,7 +578,13 @@ def build_sandbox(spec: Spec, tree: Path, work: Path, out: Path) -> None:
     run(["uv", "venv", "--relocatable", "--python", os.path.realpath(spec.python), str(out / "venv")], work)
     requirements = spec.home / "runtime/build/sandbox/requirements.txt"
     options = ["--require-hashes", "--compile-bytecode", "--python", str(out / "venv/bin/python")]
-    run(["uv", "pip", "sync", *options, str(requirements)], work)
+    # Copied, not linked: uv's cache holds what services with a stricter umask downloaded, and code in workflows runs as
+    # users of its own, who must read all of it.
+    run(["uv", "pip", "sync", *options, str(requirements)], work, UV_LINK_MODE="copy")
+    for path in (out / "venv").rglob("*"):
+        if not path.is_symlink():
+            mode = path.stat().st_mode & 0o7777
+            path.chmod(mode | (0o555 if mode & 0o100 else 0o444))
 
 
 BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
