@@ -94,7 +94,9 @@ class Workflow:
             with http.open(method, path, data, headers) as response:
                 return json.load(response)
 
-        dataset = str(call("POST", "/v1/datasets", {"name": "kit e2e", "indexing_technique": "economy"})["id"])
+        dataset = str(
+            call("POST", "/v1/datasets", {"name": f"kit e2e {time.time_ns()}", "indexing_technique": "economy"})["id"]
+        )
         for name, text in KNOWLEDGE.items():
             document = {
                 "name": name,
