@@ -237,7 +237,7 @@ def build_part(root: Path, part: str, python: str = sys.executable, **source: st
     shutil.copytree(REPO / "roles" / part / "files", pins)
     raw: dict[str, Any] = {"home": str(root / "home"), "cache": str(root / "cache"), "adjust": "never"}
     raw |= {"python": python, "release": {}, "env_keys": {}}
-    raw |= {"version": "0", "sources": {part: source} if source else {}, "locks": {part: "tested"}}
+    raw |= {"version": "0", "parts": [part], "sources": {part: source} if source else {}, "locks": {part: "tested"}}
     built: Path = kit_build.build(kit_build.Spec.load(raw), part)
     return built
 

@@ -187,7 +187,10 @@ def postgres(elsewhere: Elsewhere) -> dict[str, Any]:
         "unix_socket_directories": elsewhere.root,
         "listen_addresses": "127.0.0.1",
     }
-    elsewhere.start(tree / "bin/postgres", "-D", data, *(f"--{name}={value}" for name, value in options.items()))
+    # Not on its command line, which would go before what a test sets.
+    with (data / "postgresql.conf").open("a") as conf:
+        conf.writelines(f"{name} = '{value}'\n" for name, value in options.items())
+    elsewhere.start(tree / "bin/postgres", "-D", data)
 
     def login(database: str = "postgres") -> psycopg.Connection[Any]:
         return psycopg.connect(host=str(elsewhere.root), port=port, user="postgres", dbname=database, autocommit=True)
