@@ -6,16 +6,19 @@ A minute and a half on two cores, beside the engine's installation, which all mo
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible.module_utils.kit_supervisor import Service, ServiceProblem, reconcile
 
 from inference import catalog, causes, launcher
-from inference.engine import Settings, command
+from inference.engine import Settings, command, engine_processes
 from inference.hardware import Gpus
 from inference.planner import Wishes, card
 from inference.problem import Problem
@@ -83,8 +86,8 @@ def test_the_engines_parser_takes_what_every_card_gets(engine: Engine, tmp_path:
 
 
 def broken(weights: Path, target: Path, change: str) -> Path:
-    """A copy of the weights' folder that lacks a part of its numbers, or all of them."""
-    target.mkdir()
+    """A copy of the weights' folder that lacks a part of its numbers (``cut``), or all of them (``gone``)."""
+    target.mkdir(parents=True)
     for file in weights.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, target)
@@ -93,34 +96,49 @@ def broken(weights: Path, target: Path, change: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize(
-    ("change", "arguments", "named"),
-    [
-        ("cut", [], "a file of weights is damaged"),
-        ("gone", [], "files of weights are missing"),
-        (
-            "",
-            ['--arguments=["--hf-overrides={\\"max_position_embeddings\\": 100000}", "--max-model-len=90000"]'],
-            "a conversation of 90000 tokens needs 1.93 GiB of KV cache, and there are 1.0 GiB",
-        ),
-    ],
-)
-def test_a_death_is_named(engine: Engine, tmp_path: Path, change: str, arguments: list[str], named: str) -> None:
-    weights = broken(engine.weights, tmp_path / "w", change) if change else engine.weights
-    argv = [str(engine.python), "-m", "inference", "serve", MODEL, f"--weights={weights}", f"--state={tmp_path / 's'}"]
-    done = subprocess.run(
-        [*argv, "--port=1", "--hardware=cpu", *arguments],
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        start_new_session=True,
-    )
-    assert done.returncode != 0
-    cause = causes.explain(done.stdout)
-    assert cause is not None, done.stdout[-3000:]
-    assert cause[0] == named
+DEATHS = {
+    "cut weights": "a file of weights is damaged",
+    "no weights": "files of weights are missing",
+    "a context that is too long": "a conversation of 90000 tokens needs 1.93 GiB of KV cache, and there are 1.0 GiB",
+}
+
+
+@pytest.fixture(scope="module")
+def logs(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What each of `DEATHS` has left. All start at the same time: an engine's start keeps little more than one core."""
+    root = tmp_path_factory.mktemp("deaths")
+    longer = ['--hf-overrides={"max_position_embeddings": 100000}', "--max-model-len=90000"]
+    starts = {
+        "cut weights": [f"--weights={broken(engine.weights, root / 'cut', 'cut')}"],
+        "no weights": [f"--weights={broken(engine.weights, root / 'gone', 'gone')}"],
+        "a context that is too long": [f"--weights={engine.weights}", f"--arguments={json.dumps(longer)}"],
+    }
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for number, (name, options) in enumerate(starts.items()):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            argv = [str(engine.python), "-m", "inference", "serve", MODEL, "--hardware=cpu", *options]
+            argv += [f"--state={root / str(number)}", f"--port={port}"]
+            with (root / f"{number}.log").open("wb") as log:
+                running[name] = subprocess.Popen(
+                    argv, env=environment(root), stdout=log, stderr=log, start_new_session=True
+                )
+        ends = {name: process.wait(300) for name, process in running.items()}
+        assert 0 not in ends.values()
+        yield {name: (root / f"{number}.log").read_text(errors="replace") for number, name in enumerate(starts)}
+    finally:
+        for process in running.values():
+            for pid in [*engine_processes(process.pid), *([process.pid] if process.poll() is None else [])]:
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_death_is_named(logs: dict[str, str], death: str) -> None:
+    cause = causes.explain(logs[death])
+    assert cause is not None, logs[death][-3000:]
+    assert cause[0] == DEATHS[death]
 
 
 def test_a_taken_port_ends_the_deploy_at_the_first_death(engine: Engine, home: Home) -> None:
