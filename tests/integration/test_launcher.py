@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,8 @@ def test_the_engines_parser_takes_what_every_card_gets(engine: Engine, tmp_path:
 
 
 def broken(weights: Path, target: Path, change: str) -> Path:
-    """A copy of the weights' folder that lacks a part of its numbers, or all of them."""
-    target.mkdir()
+    """A copy of the weights' folder that lacks a part of its numbers (``cut``), or all of them (``gone``)."""
+    target.mkdir(parents=True)
     for file in weights.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, target)
@@ -95,43 +96,49 @@ def broken(weights: Path, target: Path, change: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize(
-    ("change", "arguments", "named"),
-    [
-        ("cut", [], "a file of weights is damaged"),
-        ("gone", [], "files of weights are missing"),
-        (
-            "",
-            ['--arguments=["--hf-overrides={\\"max_position_embeddings\\": 100000}", "--max-model-len=90000"]'],
-            "a conversation of 90000 tokens needs 1.93 GiB of KV cache, and there are 1.0 GiB",
-        ),
-    ],
-)
-def test_a_death_is_named(engine: Engine, tmp_path: Path, change: str, arguments: list[str], named: str) -> None:
-    weights = broken(engine.weights, tmp_path / "w", change) if change else engine.weights
-    argv = [str(engine.python), "-m", "inference", "serve", MODEL, f"--weights={weights}", f"--state={tmp_path / 's'}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path / "log"
-    # Not into a pipe: the engine's other processes may outlive their server, and would keep it open.
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*argv, f"--port={port}", "--hardware=cpu", *arguments],
-            env=environment(tmp_path),
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+DEATHS = {
+    "cut weights": "a file of weights is damaged",
+    "no weights": "files of weights are missing",
+    "a context that is too long": "a conversation of 90000 tokens needs 1.93 GiB of KV cache, and there are 1.0 GiB",
+}
+
+
+@pytest.fixture(scope="module")
+def logs(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What each of `DEATHS` has left. All start at the same time: an engine's start keeps little more than one core."""
+    root = tmp_path_factory.mktemp("deaths")
+    longer = ['--hf-overrides={"max_position_embeddings": 100000}', "--max-model-len=90000"]
+    starts = {
+        "cut weights": [f"--weights={broken(engine.weights, root / 'cut', 'cut')}"],
+        "no weights": [f"--weights={broken(engine.weights, root / 'gone', 'gone')}"],
+        "a context that is too long": [f"--weights={engine.weights}", f"--arguments={json.dumps(longer)}"],
+    }
+    running: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        assert process.wait(300) != 0
+        for number, (name, options) in enumerate(starts.items()):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            argv = [str(engine.python), "-m", "inference", "serve", MODEL, "--hardware=cpu", *options]
+            argv += [f"--state={root / str(number)}", f"--port={port}"]
+            with (root / f"{number}.log").open("wb") as log:
+                running[name] = subprocess.Popen(
+                    argv, env=environment(root), stdout=log, stderr=log, start_new_session=True
+                )
+        ends = {name: process.wait(300) for name, process in running.items()}
+        assert 0 not in ends.values()
+        yield {name: (root / f"{number}.log").read_text(errors="replace") for number, name in enumerate(starts)}
     finally:
-        for pid in [*engine_processes(process.pid), *([process.pid] if process.poll() is None else [])]:
-            os.kill(pid, signal.SIGKILL)
-    said = log.read_text(errors="replace")
-    cause = causes.explain(said)
-    assert cause is not None, said[-3000:]
-    assert cause[0] == named
+        for process in running.values():
+            for pid in [*engine_processes(process.pid), *([process.pid] if process.poll() is None else [])]:
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_death_is_named(logs: dict[str, str], death: str) -> None:
+    cause = causes.explain(logs[death])
+    assert cause is not None, logs[death][-3000:]
+    assert cause[0] == DEATHS[death]
 
 
 def test_a_taken_port_ends_the_deploy_at_the_first_death(engine: Engine, home: Home) -> None:
