@@ -169,7 +169,9 @@ def service(engine: Engine, server_venv: Path) -> Iterator[Replicas]:
     (site / "group_vars").mkdir(parents=True)
     (site / "group_vars/all.yml").symlink_to(REPO / "deploy/group_vars/all.yml")
     (site / "play.yml").write_text(PLAY)
-    ansible = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", str(site / "play.yml")]
+    (site / "hosts.yml").write_text("kit: {hosts: {localhost: {ansible_connection: local}}}\n")
+    program = str(Path(sys.executable).with_name("ansible-playbook"))
+    ansible = [program, "-i", str(site / "hosts.yml"), str(site / "play.yml")]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(REPO / "deploy/ansible.cfg"), "LC_ALL": "C.UTF-8"}
     begin = time.monotonic()
     done = subprocess.run([*ansible, "-e", json.dumps(settings)], env=environment, capture_output=True, text=True)

@@ -186,10 +186,9 @@ class ActionModule(ActionBase):
         names = [name for name in specs if name.startswith(rules.PART_NAMES)]
         if not broken & set(names):
             parts = {name: value(name) for name in names}
-            newest = self._mapping(str(deploy / "releases" / f"{value('dify_release')}.yml")).get("postgres", {})
-            yield from rules.check_parts(
-                parts, where, str(newest.get("newest", "")) if value("dify_mode") == "source" else ""
-            )
+            release = deploy / "releases" / f"{value('dify_release')}.yml"  # an unknown one is said above
+            known = self._mapping(str(release)) if value("dify_mode") == "source" and release.is_file() else {}
+            yield from rules.check_parts(parts, where, str(known.get("postgres", {}).get("newest", "")))
         names = ["inference_model", "inference_weights_source", "inference_weights_folder", "inference_hub_mirror"]
         if value("inference_endpoint") != "external" and not broken & set(names):
             files = (deploy.parent / "inference" / "catalog").glob("*.yml")
