@@ -206,6 +206,12 @@ class Person:
             self.island.wait()
             self.island = None
 
+    def leave_island(self) -> None:
+        """Stops what runs without a network, so that what is started next has the machine's."""
+        if self.island:
+            self.make("stop", 120)
+            self.restore_network()
+
     @property
     def entry(self) -> list[str]:
         """What goes before a command, so that it has the person's network."""

@@ -120,9 +120,8 @@ def test_plugins_without_a_network(deployed: tuple[Person, str]) -> None:
     assert again.changed == 0, f"it changed something:\n{again.tail()}"
     assert person.answer() == answer
 
-    person.make("stop", 120)
     person.configure()
-    person.restore_network()
+    person.leave_island()
 
 
 def test_no_secret_in_what_was_said(deployed: tuple[Person, str]) -> None:
@@ -186,6 +185,7 @@ def test_deploy_killed_at_ten_places_converges(deployed: tuple[Person, str]) -> 
 def test_another_model_that_sees(deployed: tuple[Person, str]) -> None:
     """By every way the prompt has the tokens of its text and of its picture. It stays for the tests after it."""
     person, _ = deployed
+    person.leave_island()
     person.make(f"model MODEL={MODEL}", 900, title="make model: another engine, Dify follows")
     assert person.facts["model"] == MODEL
     expected = person.text_tokens(PROMPT) + PICTURE_TOKENS
