@@ -51,7 +51,7 @@ class Registry:
 
 @pytest.fixture
 def registries() -> Iterator[dict[str, Registry]]:
-    made = {"slow": Registry(0.2, 3e5), "quick": Registry(), "far": Registry(0.4), "thin": Registry(0, 1e5)}
+    made = {"slow": Registry(0.5, 1.5e5), "quick": Registry(), "far": Registry(0.8), "thin": Registry(0, 1e5)}
     yield made
     for registry in made.values():
         registry.close()
