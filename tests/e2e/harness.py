@@ -197,7 +197,11 @@ class Person:
 
     def cut_network(self) -> None:
         """From now on the person's commands, and what they start, have nothing but a loopback interface."""
-        self.island = subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up && exec sleep 36000"])
+        script = "ip link set lo up && echo there && exec sleep 36000"
+        self.island = subprocess.Popen(["unshare", "--net", "sh", "-c", script], stdout=subprocess.PIPE)
+        # Until then the process still has the machine's network, and so would whoever enters it.
+        assert self.island.stdout is not None
+        assert self.island.stdout.readline() == b"there\n"
 
     def restore_network(self) -> None:
         """Commands have the machine's network again; what runs keeps what it was started with."""
