@@ -77,6 +77,19 @@ def verified_redis_url(redis: Mapping[str, Any], database: int) -> str:
     return redis_url(redis, database) + roots
 
 
+def _postgres(postgres: Mapping[str, Any]) -> Env:
+    """The database of Dify or of the daemon: both call it the same."""
+    return {
+        "DB_TYPE": "postgresql",
+        "DB_HOST": postgres["host"],
+        "DB_PORT": postgres["port"],
+        "DB_USERNAME": postgres["user"],
+        "DB_PASSWORD": postgres["password"],
+        "DB_DATABASE": postgres["database"],
+        **_postgres_tls(postgres),
+    }
+
+
 def _s3_client(storage: Mapping[str, Any]) -> Env:
     """What AWS' libraries of any language read."""
     if not storage["endpoint"]:
@@ -92,13 +105,7 @@ def api_env(site: Mapping[str, Any]) -> Env:
     """For api, worker, beat and ``flask``."""
     postgres, redis = site["postgres"], site["redis"]
     env: Env = {
-        "DB_TYPE": "postgresql",
-        "DB_HOST": postgres["host"],
-        "DB_PORT": postgres["port"],
-        "DB_USERNAME": postgres["user"],
-        "DB_PASSWORD": postgres["password"],
-        "DB_DATABASE": postgres["database"],
-        **_postgres_tls(postgres),
+        **_postgres(postgres),
         **_redis(redis),
         "CELERY_BACKEND": "redis",
         "CELERY_BROKER_URL": redis_url(redis, 1),
@@ -146,15 +153,9 @@ def daemon_env(site: Mapping[str, Any]) -> Env:
     """For the plugin daemon and its command line."""
     postgres, storage = site["postgres"], site["storage"]
     env: Env = {
-        "DB_TYPE": "postgresql",
-        "DB_HOST": postgres["host"],
-        "DB_PORT": postgres["port"],
-        "DB_USERNAME": postgres["user"],
-        "DB_PASSWORD": postgres["password"],
-        "DB_DATABASE": postgres["database"],
+        **_postgres(postgres),
         # It knows these two only; a root certificate (PGSSLROOTCERT) makes it check the server's, without its name.
         "DB_SSL_MODE": "disable" if postgres["sslmode"] == "disable" else "require",
-        **_postgres_tls(postgres),
         **_redis(site["redis"]),
     }
     if storage["kind"] == "fs":
