@@ -110,7 +110,7 @@ def plain_server(model: Model, weights: Path, state: Path, port: int, ready_seco
         Problem: it does not come up; the last lines of its log say why.
     """
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "inference.vllm_cli", "serve", "--model", str(weights)]
+    command = [sys.executable, "-m", "inference.vllm_cli", "serve", str(weights)]
     command += ["--served-model-name", model.id, "--host", "127.0.0.1", "--port", str(port)]
     gpus, chosen = hardware.choose(hardware.find(), "auto", model.engines), None
     if gpus:  # without these two many a model does not fit into the GPUs
@@ -120,8 +120,14 @@ def plain_server(model: Model, weights: Path, state: Path, port: int, ready_seco
     environment = os.environ | engine.environment(model, settings)
     (state / "tmp").mkdir(mode=0o700, exist_ok=True)
     url = f"http://127.0.0.1:{port}/v1"
-    with (state / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    file = state / "log"
+    file.touch()
+    file.chmod(0o600)  # as all that services write
+    with file.open("wb") as log:
+        # As supervisor starts services: what they leave behind is nobody else's.
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, umask=0o077
+        )
     try:
         end = time.monotonic() + ready_seconds
         while True:
@@ -134,7 +140,7 @@ def plain_server(model: Model, weights: Path, state: Path, port: int, ready_seco
                     raise Problem(
                         f"A plain vllm serve does not come up beside the deployed service; its log, {state / 'log'}, "
                         f"ends: {' | '.join(last)}. Remedy: the deployed service must have left memory for it, or "
-                        "--no-plain to measure without it."
+                        "ARGS=--plain-port=0 to measure without it."
                     ) from None
         yield url
     finally:
@@ -203,12 +209,16 @@ def report(options: argparse.Namespace) -> None:
             results[PLAIN] = _told(Way(PLAIN, url, key), options, load)
         for _, url in options.way:
             probe.ready(url, model.id, wait=options.ready_seconds)
-    for way in ways:
-        results[way.name] = _told(way, options, load)
-    print(
-        f"{load.questions} questions of {load.question_tokens} tokens, {load.at_a_time} at a time, answers of "
-        f"{load.answer_tokens} tokens; {model.id}\n\n{table(results, floor)}"
-    )
+    try:
+        for way in ways:
+            results[way.name] = _told(way, options, load)
+    finally:  # what took minutes to measure is worth telling, also when a later way fails
+        if results:
+            print(
+                f"{load.questions} questions of {load.question_tokens} tokens, {load.at_a_time} at a time, answers of "
+                f"{load.answer_tokens} tokens; {model.id}\n\n{table(results, floor)}",
+                flush=True,
+            )
 
 
 def _told(way: Way, options: argparse.Namespace, load: Load) -> dict[str, Any]:

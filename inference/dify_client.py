@@ -15,12 +15,13 @@ from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, Reque
 USER = "kit-bench"
 
 
-async def ask(asked: RequestFuncInput, session: Any, pbar: Any = None) -> RequestFuncOutput:
+async def ask(request_func_input: RequestFuncInput, session: Any, pbar: Any = None) -> RequestFuncOutput:
     """One streamed answer through Dify's service API, with the app's key from OPENAI_API_KEY.
 
     An app decides itself how long an answer may be: after the tokens that the benchmark asks for, Dify is told to
     stop. What Dify keeps of the conversation is deleted once the time is taken.
     """
+    asked = request_func_input  # vLLM names it
     output = RequestFuncOutput(prompt_len=asked.prompt_len)
     headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
     body = {"inputs": {}, "query": asked.prompt, "response_mode": "streaming", "user": USER}

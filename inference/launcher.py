@@ -21,6 +21,14 @@ from inference.scale import Node
 # Oldest architecture with kernels in the wheels of vLLM 0.28 and 0.33; CUDA 13 itself has given up what is older.
 LEAST_CAPABILITY = 7.5
 FLASH_ATTENTION_CAPABILITY = 8.0
+# Steps of up to so many tokens run as CUDA graphs. The engine's default is this for many sequences, and for a few twice
+# their number: 64 with 32 of them. Then hardly a question is short enough; on an H100 (Kimi-VL, vLLM 0.33) its first
+# token came after 95 ms instead of 33. It takes 20 s more at the start and 0.8 GiB, which the planner counts.
+GRAPH_TOKENS = 512
+# What vLLM 0.32's CPU build gets wrong of multi-head latent attention. AMX_MLA, its choice where there is AMX, is for
+# bfloat16 alone (vllm#52616), but is taken with float16 too: NaN. Its kernel for rotary embeddings, which comes in with
+# --enforce-eager, doesn't fit DeepSeek's: other tokens. Without both, log probabilities are at most 0.03 off float32's.
+CPU_MLA = ("--attention-backend=CPU_MLA", '--compilation-config.custom_ops=["-rotary_embedding"]')
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ def arguments(plan: Plan) -> list[str]:
         f"--max-num-seqs={plan.max_num_seqs}",
         f"--max-num-batched-tokens={plan.max_num_batched_tokens}",
         f"--gpu-memory-utilization={plan.gpu_memory_utilization}",
+        *([f"--max-cudagraph-capture-size={GRAPH_TOKENS}"] if plan.memory.graphs else []),
         f"--kv-cache-dtype={plan.kv_cache_dtype}",
         "--enable-prefix-caching",
         f"--attention-backend={chosen.attention}",

@@ -87,7 +87,7 @@ def from_log(model: Model, log: str) -> Proof:
     proof.hold("context", options.get("--max-model-len"), said.get("max_seq_len"))
     proof.hold("tensor parallel", options.get("--tensor-parallel-size", "1"), said.get("tensor_parallel_size"))
     if said.get("device_config") == "cpu":
-        _cpu_attention(model, log, proof)
+        _cpu_attention(model, options, log, proof)
     else:
         _gpu_attention(options, log, proof)
         gib = {"weights": "weights", "kv": "KV cache", "graphs": "CUDA graphs"}
@@ -122,16 +122,11 @@ def _gpu_attention(options: dict[str, str], log: str, proof: Proof) -> None:
             proof.failures.append("the engine names no version of FlashAttention")
 
 
-def _cpu_attention(model: Model, log: str, proof: Proof) -> None:
+def _cpu_attention(model: Model, options: dict[str, str], log: str, proof: Proof) -> None:
     """The CPU build names its attention only where it is MLA's; refused wishes it names always."""
     said = _last(r"Using (?P<name>\w+_MLA) backend\.", log)
     if uses_mla(model):
-        if said and said["name"] in ("CPU_MLA", "AMX_MLA"):
-            proof.lines.append(f"attention: {said['name']}")
-        else:
-            proof.failures.append(
-                f"attention is {said['name'] if said else 'not in the log'}, on a CPU MLA is CPU_MLA's"
-            )
+        proof.hold("attention", options.get("--attention-backend"), said["name"] if said else "")
     elif refused := _last(r"(?P<line>Cannot use \S+ backend on CPU)", log):
         proof.failures.append(refused["line"])
     else:
@@ -211,6 +206,19 @@ def _picture(width: int = 224, height: int = 168) -> str:
     ).decode()
 
 
+def request(model: Model, content: list[dict[str, Any]]) -> dict[str, Any]:
+    """A body for /v1/chat/completions: the likeliest sixteen tokens, with their probabilities."""
+    return {
+        "model": model.id,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 16,
+        "min_tokens": 16,
+        "logprobs": True,
+        "skip_special_tokens": False,
+    }
+
+
 def calculates(model: Model, ask: Callable[[dict[str, Any]], Any]) -> Proof:
     """Whether numbers stay in range: sixteen tokens to each prompt, with their probabilities.
 
@@ -220,17 +228,8 @@ def calculates(model: Model, ask: Callable[[dict[str, Any]], Any]) -> Proof:
     """
     proof = Proof()
     for name, content in prompts(model).items():
-        body = {
-            "model": model.id,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": 16,
-            "min_tokens": 16,
-            "logprobs": True,
-            "skip_special_tokens": False,
-        }
         try:
-            trouble = _trouble(ask(body))
+            trouble = _trouble(ask(request(model, content)))
         except Problem as problem:
             if "not JSON compliant" not in str(problem):  # what the engine says when it has no number to write
                 raise

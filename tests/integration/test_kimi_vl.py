@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+from inference import catalog
+from tests.gpu.real import answers
+
 from .conftest import REPO, Engine, ModelServer, model_server
 
 MODEL = "tiny-kimi-vl"
@@ -94,6 +97,45 @@ def computed(engine: Engine, weights: Path) -> dict[str, Any]:
 def server(engine: Engine, weights: Path) -> Iterator[ModelServer]:
     with model_server(engine.python, MODEL, weights) as running:
         yield running
+
+
+def compare(engine: Engine, weights: Path, answers: Path) -> subprocess.CompletedProcess[str]:
+    """What tests/gpu/reference.py says."""
+    script = [str(engine.python), str(REPO / "tests/gpu/reference.py"), str(weights), str(answers)]
+    return subprocess.run(script, env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+
+
+def test_an_h100_calculated_as_float32_does(engine: Engine, weights: Path, tmp_path: Path) -> None:
+    # What `make test-gpu` asks of a GPU, with the answers of the first one: float16, FlashAttention, vLLM 0.33.
+    recorded = REPO / "tests/data/tiny_kimi_vl_h100.json"
+    done = compare(engine, weights, recorded)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("16 of 16 tokens the same") == 4
+    answers = json.loads(recorded.read_text())
+    answers["short"]["tokens"][5][1] -= 0.1
+    answers["numbers"]["tokens"][2][0] = answers["numbers"]["tokens"][1][0]
+    (tmp_path / "wrong.json").write_text(json.dumps(answers))
+    done = compare(engine, weights, tmp_path / "wrong.json")
+    assert done.returncode == 1
+    assert "numbers: 16 of 16" not in done.stdout
+    assert "short: 16 of 16 tokens the same, log probabilities at most 0.1" in done.stdout
+
+
+def test_this_processor_calculates_as_float32_does(
+    engine: Engine, server: ModelServer, weights: Path, tmp_path: Path
+) -> None:
+    def post(body: dict[str, Any]) -> Any:
+        status, text = server.call("/chat/completions", body)
+        assert status == 200, text
+        return json.loads(text)
+
+    said = answers(catalog.load(MODEL), post)
+    (tmp_path / "said.json").write_text(json.dumps(said))
+    done = compare(engine, weights, tmp_path / "said.json")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("16 of 16 tokens the same") == 4
 
 
 def ask(server: ModelServer, body: dict[str, Any]) -> tuple[str, int]:
@@ -234,4 +276,4 @@ def test_no_remote_code_and_the_real_models_attention(server: ModelServer, weigh
     assert not [argument for argument in command if "remote" in argument]
     assert "auto_map" in json.loads((weights / "config.json").read_text())
     assert list(weights.glob("*.py")) == []
-    assert "CPU_MLA" in server.log.read_text()
+    assert "Using CPU_MLA backend" in server.log.read_text()

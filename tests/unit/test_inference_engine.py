@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from inference import catalog, cli, engine
+from inference import catalog, cli, engine, launcher
 from inference.problem import Problem
 
 MODEL = catalog.load("smollm2-135m")
@@ -31,10 +31,9 @@ def pairs(argv: list[str]) -> dict[str, str]:
 
 def test_command_from_the_catalog(tmp_path: Path) -> None:
     argv = engine.command(MODEL, settings(tmp_path))
-    assert argv[1:3] == ["-m", "inference.vllm_cli"]
+    assert argv[1:5] == ["-m", "inference.vllm_cli", "serve", str(tmp_path / "w")]
     assert "--enforce-eager" in argv
     assert pairs(argv) | {
-        "--model": str(tmp_path / "w"),
         "--served-model-name": "smollm2-135m",
         "--host": "127.0.0.1",
         "--port": "1234",
@@ -44,6 +43,12 @@ def test_command_from_the_catalog(tmp_path: Path) -> None:
         "--shutdown-timeout": "30",
         "--tool-call-parser": "hermes",
     } == pairs(argv)
+
+
+def test_mla_on_a_cpu(tmp_path: Path) -> None:
+    tiny = catalog.load("tiny-kimi-vl")
+    assert "--attention-backend=CPU_MLA" in engine.command(tiny, settings(tmp_path))
+    assert not set(launcher.CPU_MLA) & set(engine.command(MODEL, settings(tmp_path)))
 
 
 def test_a_site_decides(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_numbers_are_the_plans() -> None:
     assert told["--max-num-seqs"] == str(settled.max_num_seqs)
     assert told["--max-num-batched-tokens"] == str(settled.max_num_batched_tokens)
     assert float(told["--gpu-memory-utilization"]) == settled.gpu_memory_utilization
+    assert told["--max-cudagraph-capture-size"] == "512"
     assert json.loads(told["--limit-mm-per-prompt"]) == {"image": settled.images_per_prompt, "video": 0}
 
 

@@ -18,7 +18,7 @@ TINY = catalog.load("tiny-kimi-vl")
 SMALL = catalog.load("smollm2-135m")
 CPU_START = (Path(__file__).with_name("engine_logs") / "cpu-start.txt").read_text()
 ARGV = (
-    "python -m inference.vllm_cli serve --model=/w --dtype=float16 --tensor-parallel-size=1 --max-model-len=131072 "
+    "python -m inference.vllm_cli serve /w --dtype=float16 --tensor-parallel-size=1 --max-model-len=131072 "
     "--gpu-memory-utilization=0.93 --enable-prefix-caching --attention-backend=FLASH_ATTN_MLA "
     "--attention-config.mla_prefill_backend=FLASH_ATTN --mm-encoder-attn-backend=FLASH_ATTN --moe-backend=triton "
     '\'--limit-mm-per-prompt={"image": 8, "video": 0}\''
@@ -122,9 +122,12 @@ def test_a_cpu_engine() -> None:
     found = proof.from_log(SMALL, start + CPU_START)
     assert found.failures == []
     assert "engine: vLLM 0.32.0 on cpu" in found.lines
+    start = start.replace("--max", "--attention-backend=CPU_MLA --max")
     mla = proof.from_log(TINY, start + CPU_START)
-    assert mla.failures == ["attention is not in the log, on a CPU MLA is CPU_MLA's"]
+    assert mla.failures == ["attention is not in the log, asked for was CPU_MLA"]
     assert "attention: CPU_MLA" in proof.from_log(TINY, f"{start}{CPU_START}INFO Using CPU_MLA backend.\n").lines
+    other = proof.from_log(TINY, f"{start}{CPU_START}INFO Using AMX_MLA backend.\n")
+    assert other.failures == ["attention is AMX_MLA, asked for was CPU_MLA"]
 
 
 def test_metrics() -> None:
