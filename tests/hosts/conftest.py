@@ -26,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "service(name): runs for the hosts that run this service")
+    config.addinivalue_line("markers", "dify: runs for the hosts that have Dify, from source or in containers")
+    config.addinivalue_line("markers", "mode(name): runs for the hosts with this dify_mode, or with another than !name")
     config.addinivalue_line("markers", "sees: runs for the hosts whose model sees images")
     site = Path(config.getoption("--site") or ROOT / "deploy" / "inventories" / "local")
     file = site / "site.json" if site.is_dir() else site
@@ -46,6 +48,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if host not in fit:
             missing = ", ".join(sorted(set(needed) - set(host.services)))
             why = f"{host.name} runs no {missing} (dify_mode: {host.facts['dify_mode']})"
+            config.stash[LEFT_OUT].setdefault(why, []).append(metafunc.definition.name)
+    modes = {mark.args[0] for mark in metafunc.definition.iter_markers("mode")}
+    modes |= {"!skip"} if any(metafunc.definition.iter_markers("dify")) else set()
+    for host in list(fit):
+        mode = host.facts["dify_mode"]
+        if not all(mode != wanted[1:] if wanted.startswith("!") else mode == wanted for wanted in modes):
+            fit.remove(host)
+            why = f"{host.name}'s dify_mode is {mode}"
             config.stash[LEFT_OUT].setdefault(why, []).append(metafunc.definition.name)
     if any(metafunc.definition.iter_markers("sees")):
         for host in [host for host in fit if not host.facts.get("images")]:

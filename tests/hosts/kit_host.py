@@ -42,12 +42,21 @@ class KitHost:
             for name, port in facts["ports"].items()
             if port and any(name.replace("_", "-").startswith(service) for service in self.services)
         }
+        # Of what runs in containers: service -> image.
+        self.containers: dict[str, str] = facts.get("compose", {}).get("images", {})
         # As this host itself reaches the gateway: the public address may not be routed from here.
         self.url = f"http://127.0.0.1:{self.ports['gateway']}"
         self.local: bool = facts["connection"] == "local"
         # What the engines do, for the summary.
         self.proved: dict[str, list[str]] = {}
-        self.host = testinfra.get_host("local://" if self.local else f"ssh://{facts['address']}")
+        # For `ssh`: how Ansible reaches the host.
+        self.ssh: list[str] = [*facts.get("ssh", []), facts["address"]]
+        options = {} if self.local else {"ssh_extra_args": shlex.join(self.ssh[:-1])}
+        self.host = testinfra.get_host("local://" if self.local else f"ssh://{facts['address']}", **options)
+
+    def port(self, name: str) -> int:
+        """Where something listens on loopback, a process of the kit's or a container of Dify's."""
+        return int(self.facts["ports"][name.replace("-", "_")])
 
     def run(self, *command: str, as_service_user: bool = True) -> str:
         """Runs a command on the host, as the service user unless said; returns its output, fails with its words."""

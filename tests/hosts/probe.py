@@ -21,6 +21,8 @@ import stat
 import subprocess
 import sys
 import time
+import types
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,7 +142,7 @@ def leaks(home: str, cache: str, secrets_file: str | None) -> dict[str, Any]:
 
 
 # Databases, uploads and programs hold what people and makers put in; the cache's bulk comes from registries.
-NO_LOGS = ("postgres", "redis", "storage", "plugins", "backups")
+NO_LOGS = ("postgres", "redis", "compose", "storage", "plugins", "moved")
 BULK = ("uv", "builds", "downloads", "inference", "src", "go", "go-build", "pnpm", "provider-plugin", "work")
 
 
@@ -190,6 +192,13 @@ def environments(home: str, supervisord: int, services: dict[str, int]) -> dict[
             names = sorted(name for name, value in known.items() if value in has and (plugin or value not in own))
             found += [f"{'a plugin' if plugin else service} (process {pid}) has {name}" for name in names]
     return {"known": len(known), "seen": seen, "plugins": plugins, "found": found}
+
+
+def become_api(home: str) -> None:
+    """Lets this process import Dify's own code, with the API's settings."""
+    os.environ |= env(home, "api")
+    os.chdir(os.path.join(home, "current", "api"))
+    sys.path.insert(0, os.getcwd())
 
 
 def settings(home: str, services: dict[str, int]) -> dict[str, Any]:
@@ -391,6 +400,46 @@ def bucket(home: str) -> list[str]:
     return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
+def vectors(home: str) -> dict[str, Any]:
+    """What Dify's own code finds near a vector, in a collection that it makes and removes. Runs with API's Python."""
+    become_api(home)
+    from configs import dify_config  # type: ignore[import-not-found]
+    from core.rag.datasource.vdb.vector_backend_registry import (  # type: ignore[import-not-found]
+        get_vector_factory_class,
+    )
+    from core.rag.models.document import Document  # type: ignore[import-not-found]
+    from dify_app import DifyApp  # type: ignore[import-not-found]
+    from extensions import ext_redis  # type: ignore[import-not-found]
+
+    app = DifyApp("check")
+    ext_redis.init_app(app)
+    kind, unique = dify_config.VECTOR_STORE, uuid.uuid4().hex
+    # Dify remembers for an hour which collections there are; Qdrant's it only empties, so that is always the same.
+    collection = "Kit_check_Node" if kind == "qdrant" else f"Kit_check_{unique}_Node"
+    knowledge = types.SimpleNamespace(
+        id=str(uuid.UUID(unique)),
+        tenant_id=str(uuid.UUID(unique)),
+        collection_binding_id=None,
+        index_struct_dict={"type": kind, "vector_store": {"class_prefix": collection}},
+    )
+    words = {"blue": [1.0, 0.0, 0.0], "red": [0.0, 1.0, 0.0]}
+    documents = [
+        Document(
+            page_content=word,
+            metadata={"doc_id": str(uuid.uuid4()), "dataset_id": knowledge.id, "document_id": knowledge.id},
+        )
+        for word in words
+    ]
+    with app.app_context():
+        store = get_vector_factory_class(kind)().init_vector(knowledge, ["doc_id", "dataset_id", "document_id"], None)
+        try:
+            store.create(documents, list(words.values()))
+            found = store.search_by_vector([0.1, 0.9, 0.0], top_k=1, score_threshold=0.5)
+            return {"kind": kind, "found": [document.page_content for document in found]}
+        finally:
+            store.delete()
+
+
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
@@ -540,9 +589,9 @@ def mail(home: str) -> str:
     return ""
 
 
-def model(home: str, port: int, name: str, question: str) -> dict[str, Any]:
-    """The model service without a key, its models, and a completion."""
-    root = f"http://127.0.0.1:{port}/v1"
+def model(home: str, url: str, name: str, question: str) -> dict[str, Any]:
+    """The model service at its address as this host sees it: without a key, its models, and a completion."""
+    root = url.removesuffix("/")
     key = env(home, "inference")["VLLM_API_KEY"]
     body = {
         "model": name,
@@ -706,10 +755,7 @@ def code(home: str, port: int, runs: dict[str, str]) -> dict[str, dict[str, str]
 
 def egress(home: str, urls: list[str]) -> dict[str, str]:
     """What Dify's own client for HTTP nodes and remote files gets at each address. Runs with the API's own Python."""
-    api = os.path.join(home, "current", "api")
-    os.environ.update(env(home, "api"))
-    os.chdir(api)
-    sys.path.insert(0, api)
+    become_api(home)
     from core.helper import ssrf_proxy  # type: ignore[import-not-found]  # Dify's own
 
     found = {}

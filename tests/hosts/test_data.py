@@ -5,6 +5,7 @@ import pytest
 from tests.hosts.kit_host import KitHost
 
 
+@pytest.mark.mode("!compose")  # see test_containers.py
 def test_postgres_answers(kit: KitHost) -> None:
     answer = kit.probe("postgres", databases=kit.databases)
     for database, found in answer["databases"].items():
@@ -42,6 +43,7 @@ def test_postgres_has_room_for_every_pool(kit: KitHost) -> None:
     assert not beyond, f"open {beyond}, though the pools allow {allowed}: somebody connects past them"
 
 
+@pytest.mark.mode("!compose")
 def test_redis_answers_and_refuses_strangers(kit: KitHost) -> None:
     answer = kit.probe("redis", port=kit.ports.get("redis", 0))
     assert answer["pong"] is True
@@ -71,3 +73,11 @@ def test_database_is_at_the_release_schema(kit: KitHost) -> None:
     assert answer["current"] == answer["heads"], (
         f"the database is at {answer['current']}, the release needs {answer['heads']}. Run `make deploy`."
     )
+
+
+@pytest.mark.deep
+@pytest.mark.service("api")
+def test_dify_finds_what_is_near_a_vector(kit: KitHost) -> None:
+    answer = kit.probe("vectors", python="current/api/.venv/bin/python")
+    assert answer["kind"] == kit.facts.get("vector_store", "pgvector")
+    assert answer["found"] == ["red"], f"{answer['kind']} has {answer['found']} next to it: knowledge is not found"

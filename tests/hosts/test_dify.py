@@ -18,7 +18,7 @@ QUESTION = "What is the capital of France?"
 IMAGE_QUESTION = "Which shapes are in this picture, and which colour has each?"
 
 
-@pytest.mark.service("web")
+@pytest.mark.dify
 def test_gateway_serves_the_page(kit: KitHost) -> None:
     answer = kit.probe("page", url=f"{kit.url}/")
     assert answer["status"] == 200, (
@@ -69,10 +69,11 @@ def test_every_queue_is_consumed(kit: KitHost) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.service("api")
+@pytest.mark.dify
 def test_sockets_are_answered_through_the_gateway(kit: KitHost) -> None:
-    process = "websocket" if "websocket" in kit.services else "api"
-    answer = kit.probe("websocket", port=kit.ports["gateway"], behind=kit.ports[process])
+    own = "websocket" in kit.services or "api_websocket" in kit.containers
+    process = "websocket" if own else "api"
+    answer = kit.probe("websocket", port=kit.ports["gateway"], behind=kit.port(process))
     assert "101" in answer["status"], f"the gateway said {answer['status']}. Read `make logs SERVICE={process}`."
     assert answer["session"], f"no session was named. Read `make logs SERVICE={process}`."
     assert answer["behind"] >= 1, f"the socket was not answered by {process}. Run `make deploy`."
@@ -88,7 +89,7 @@ def test_plugin_daemon_lists_the_provider(kit: KitHost) -> None:
 
 
 @pytest.mark.deep  # a deploy has just asked itself
-@pytest.mark.service("api")
+@pytest.mark.dify
 def test_question_is_answered(kit: KitHost) -> None:
     answer = kit.probe("ask", url=kit.url, question=QUESTION)
     assert answer["status"] == 200, f"Dify said {answer['status']}: {answer['answer']}. Read `make logs SERVICE=api`."
@@ -100,20 +101,25 @@ def test_question_is_answered(kit: KitHost) -> None:
 
 
 @pytest.mark.deep  # a deploy has just asked and read the answer as it came
-@pytest.mark.service("api")
+@pytest.mark.dify
 def test_answer_is_streamed_unbuffered(kit: KitHost) -> None:
-    answer = kit.probe("stream", url=kit.url, question=QUESTION)
-    assert answer["status"] == 200, f"Dify said {answer['status']}: {answer['answer']}. Read `make logs SERVICE=api`."
-    assert answer["last"] == "message_end", f"the stream ended with {answer['last']!r}: {answer['answer']}"
-    assert answer["pieces"] > 1, f"the answer came in {answer['pieces']} piece: {answer['answer']!r}"
-    assert answer["seconds"] > 0.01, (
-        f"{answer['pieces']} pieces came at once: something buffers between the API and {kit.url}"
-    )
+    # A busy host with a fast model delivers all of an answer late, now and then. What buffers does it every time.
+    for _ in range(3):
+        answer = kit.probe("stream", url=kit.url, question=QUESTION)
+        assert answer["status"] == 200, (
+            f"Dify said {answer['status']}: {answer['answer']}. Read `make logs SERVICE=api`."
+        )
+        assert answer["last"] == "message_end", f"the stream ended with {answer['last']!r}: {answer['answer']}"
+        assert answer["pieces"] > 1, f"the answer came in {answer['pieces']} piece: {answer['answer']!r}"
+        if answer["seconds"] > 0.01:
+            break
+    else:
+        pytest.fail(f"{answer['pieces']} pieces came at once: something buffers between the API and {kit.url}")
 
 
 @pytest.mark.deep  # a deploy has just asked about the picture itself
 @pytest.mark.sees
-@pytest.mark.service("api")
+@pytest.mark.dify
 @pytest.mark.service("inference")
 def test_a_picture_reaches_the_model_whole(kit: KitHost) -> None:
     answer = kit.probe(

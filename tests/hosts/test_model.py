@@ -9,7 +9,7 @@ pytestmark = pytest.mark.service("inference")
 
 def test_model_answers(kit: KitHost) -> None:
     answer = kit.probe(
-        "model", port=kit.ports["inference"], name=kit.facts["model"], question="What is the capital of France?"
+        "model", url=kit.facts["endpoint"], name=kit.facts["model"], question="What is the capital of France?"
     )
     assert answer["without_key"] == 401, (
         f"asked without a key, the model service said {answer['without_key']} instead of 401"

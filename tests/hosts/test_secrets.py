@@ -34,7 +34,11 @@ CLASSES: list[tuple[str, str, dict[str, list[int]]]] = [
 
 
 def test_configuration_and_data_have_their_owner_and_mode(kit: KitHost) -> None:
-    look(kit, ["runtime", "releases", "inference"], {"home", "configuration and secrets", "run time", "data and logs"})
+    look(
+        kit,
+        ["runtime", "releases", "inference", "var/compose", "var/moved"],
+        {"home", "configuration and secrets", "run time", "data and logs"},
+    )
 
 
 @pytest.mark.deep  # some hundred thousand files

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
 
+from deploy import kit
 from inference import scale
 
 FILE = Path(__file__).resolve().parents[2] / "deploy/plugins/filter/kit_scale.py"
@@ -92,4 +94,23 @@ def test_how_a_worker_is_reached() -> None:
         "become": False,
         "connection": "ssh",
         "address": "two",
+        "ssh": [],
     }
+
+
+def test_a_host_is_reached_as_ansible_reaches_it() -> None:
+    variables = {
+        "inventory_hostname": "one",
+        "ansible_host": "192.0.2.11",
+        "ansible_port": 2222,
+        "ansible_user": "alice",
+        "ansible_ssh_private_key_file": "~/.ssh/a key",
+        "ansible_ssh_common_args": "-o ProxyJump=bob@gate -o 'UserKnownHostsFile=/a b'",
+    }
+    found = kit_scale.reached(variables)
+    assert (found["connection"], found["address"]) == ("ssh", "192.0.2.11")
+    options = ["-p", "2222", "-l", "alice", "-i", os.path.expanduser("~/.ssh/a key")]
+    assert found["ssh"] == [*options, "-o", "ProxyJump=bob@gate", "-o", "UserKnownHostsFile=/a b"]
+    command = kit.as_service_user(found | {"become": False}, ["kitctl", "logs", "a b"])
+    assert command == ["ssh", "-t", *found["ssh"], "192.0.2.11", "kitctl logs 'a b'"]
+    assert kit_scale.reached({"inventory_hostname": "here", "ansible_connection": "local"})["connection"] == "local"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,14 +101,27 @@ def node_services(engine: Mapping[str, Any], node: Mapping[str, Any], ray: str) 
 
 
 def worker(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """``hostvars[name] | kit_worker``: how the controller reaches a host that only calculates."""
-    local = variables.get("ansible_connection") == "local"
+    """``hostvars[name] | kit_worker``: what `make status` and its like need of a host that only calculates."""
     known = {name: variables[name] for name in ("kit_user", "kit_home")}
+    return {**known, **reached(variables), "become": bool(variables["kit_become"])}
+
+
+def reached(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """``hostvars[name] | kit_reached``: how Ansible reaches a host, for ``ssh`` itself: its options and the address."""
+    options: list[str] = []
+    for option, *names in (
+        ("-p", "ansible_port", "ansible_ssh_port"),
+        ("-l", "ansible_user", "ansible_ssh_user"),
+        ("-i", "ansible_ssh_private_key_file", "ansible_private_key_file"),
+    ):
+        if value := next((str(variables[name]) for name in names if variables.get(name)), ""):
+            options += [option, os.path.expanduser(value)]
+    for name in ("ansible_ssh_common_args", "ansible_ssh_extra_args"):
+        options += shlex.split(str(variables.get(name) or ""))
     return {
-        **known,
-        "connection": "local" if local else "ssh",
+        "connection": "local" if variables.get("ansible_connection") == "local" else "ssh",
         "address": variables.get("ansible_host") or variables["inventory_hostname"],
-        "become": bool(variables["kit_become"]),
+        "ssh": options,
     }
 
 
@@ -126,5 +141,6 @@ class FilterModule:
             "kit_nodes": nodes,
             "kit_node_services": node_services,
             "kit_worker": worker,
+            "kit_reached": reached,
             "kit_target": target,
         }
