@@ -1,0 +1,267 @@
+"""Compose mode by a throw-away user of the group docker, on an engine without an image registry.
+
+Dify's API and web server are built by the deploy, of upstream's Dockerfile and the builds of source mode; everything
+else is made by tests/compose from package registries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import go_programs
+from tests.compose import images
+from tests.compose.engine import REGISTRY, Lacking, compose, docker, engine
+from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, dify_reachable, say
+from tests.e2e.picture import expect_picture
+from tests.e2e.ssh import expect_as_before
+
+# Half an hour and more, which `make test` has not: it tests the parts, in tests/integration.
+pytestmark = pytest.mark.long
+HOUR = 3600
+NAME = "kit-e2e-compose"
+# Neither of them comes back: one has done its work, the other is run by nobody at a deploy's end.
+ONE_SHOT = {"init_permissions"}
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[tuple[Person, str]]:
+    """The user after the first deploy, by `build`, and the answer that every later one must equal."""
+    if not dify_reachable():
+        pytest.skip("Dify's source cannot be had here, see above; its images are built from it")
+    with contextlib.ExitStack() as stack:
+        try:
+            version = stack.enter_context(engine())
+            for one in images.make(RELEASE, WORK / "cache"):
+                took = "image was there already: " if one.cached else "image: "
+                TIMINGS.append(Timing(NAME, took + one.name, one.seconds))
+        except Lacking as lacking:
+            pytest.skip(f"{lacking}")
+        settings = {"dify_mode": "compose", "dify_compose_project": NAME, "dify_compose_images": "build"}
+        person = Person(NAME, settings=settings)
+        stack.callback(remove, person)
+        subprocess.run(["usermod", "--append", "--groups", "docker", NAME], check=True)
+        try:
+            say(f"engine {version}, Compose {compose(person.home)}")
+        except Lacking as lacking:
+            pytest.skip(f"{lacking}")
+        person.own(person.home)
+        person.lend_cache()
+        person.make("deploy", HOUR, title="first deploy, images by build")
+        answer = person.answer()
+        assert answer.strip(), "the answer is empty"
+        assert not answer.startswith("error: "), answer
+        say(f"{person.name}: the answer is {answer!r}")
+        yield person, answer
+
+
+def remove(person: Person) -> None:
+    """The containers, what their users have written, and then the person."""
+    person.run('make uninstall ARGS="-e kit_delete_data=yes"', 300, "uninstall")
+    for container in containers().values():
+        docker("rm", "--force", container)
+    shutil.rmtree(person.home / "dify-kit", ignore_errors=True)
+    person.remove()
+
+
+def containers() -> dict[str, str]:
+    """Service -> id of its container, running or not."""
+    label = "com.docker.compose"
+    form = f'{{{{.Label "{label}.service"}}}} {{{{.ID}}}}'
+    lines = docker("ps", "--all", "--filter", f"label={label}.project={NAME}", "--format", form).splitlines()
+    return dict(line.split() for line in lines)
+
+
+def process(container: str) -> int:
+    """The pid of its first process, 0 when there is none."""
+    return int(docker("inspect", "--format", "{{.State.Pid}}", container))
+
+
+def test_second_deploy_changes_nothing(deployed: tuple[Person, str]) -> None:
+    person, answer = deployed
+    before = containers()
+    outcome = person.make("deploy", 600, title="second deploy, nothing to do")
+    assert outcome.changed == 0, f"the second deploy changed something:\n{outcome.tail()}"
+    assert containers() == before
+    assert person.answer() == answer
+
+
+def test_checks_pass(deployed: tuple[Person, str]) -> None:
+    person, _ = deployed
+    assert " passed" in person.make("check", 600).output
+
+
+def test_a_host_over_ssh_is_the_same(deployed: tuple[Person, str]) -> None:
+    expect_as_before(*deployed)
+
+
+def test_an_image_that_is_missing_is_named_with_its_remedies(deployed: tuple[Person, str]) -> None:
+    person, answer = deployed
+    before = containers()
+    person.configure(dify_compose_image={"redis": "registry.invalid/no/such:1"})
+    outcome = person.make("deploy", 600, title="an image that is missing", expect=2)
+    for said in ("registry.invalid/no/such:1", "no such host", "mirror", "archive", "engine reach"):
+        assert said in outcome.output, outcome.tail()
+    assert containers() == before, "it changed something"
+    assert person.answer() == answer
+    person.configure()
+
+
+def test_stopped_and_started_again_data_is_there(deployed: tuple[Person, str]) -> None:
+    """Down, which removes containers and networks, and a deploy."""
+    person, answer = deployed
+    compose_program = f"{person.facts['kit_home']}/runtime/bin/kit-compose"
+    assert person.run(f"{compose_program} down", 300, "down").status == 0
+    assert not containers()
+    assert person.answer().startswith("error: ")
+    person.make("deploy", 900, title="deploy after down")
+    # The app that answers is in the database, the model's plugin among the daemon's files.
+    assert person.answer() == answer
+
+
+def test_killed_containers_come_back(deployed: tuple[Person, str]) -> None:
+    """All at once; that each is needed for the answer, only a workflow of everything shows."""
+    person, answer = deployed
+    killed = {name: (one, process(one)) for name, one in containers().items() if name not in ONE_SHOT}
+    for _, pid in killed.values():
+        os.kill(pid, 9)
+    begun = time.monotonic()
+    person.expect_answer(answer, within=600)
+    for name, (one, pid) in killed.items():
+        while process(one) in (0, pid):
+            assert time.monotonic() - begun < 600, f"{name} did not come back"
+            time.sleep(1)
+    TIMINGS.append(Timing(NAME, "all containers killed: same answer", time.monotonic() - begun))
+
+
+def test_an_api_that_is_made_anew_is_found(deployed: tuple[Person, str]) -> None:
+    """Its address in the containers' network is another one then, and a gateway that asks the old one says 502."""
+    person, answer = deployed
+    before = containers()["api"]
+    again = f"{person.facts['kit_home']}/runtime/bin/kit-compose up --detach --no-deps --force-recreate api"
+    assert person.run(again, 300, "api made anew").status == 0
+    assert containers()["api"] != before
+    took = person.expect_answer(answer, within=300)
+    TIMINGS.append(Timing(NAME, "api made anew: same answer", took))
+
+
+def test_from_a_mirror_then_from_an_archive_without_it(deployed: tuple[Person, str]) -> None:
+    person, answer = deployed
+    release = images.names(RELEASE)
+    used = {release[name] for name in containers() if name in release}
+    with registry() as address:
+        for image in sorted(used):
+            copy = f"{address}/dify/{image if '/' in image else f'library/{image}'}"
+            docker("tag", image, copy)
+            docker("push", "--quiet", copy)
+            docker("rmi", copy)
+        person.configure(dify_compose_images="mirror", dify_compose_mirror=f"{address}/dify")
+        person.make("deploy", 900, title="deploy from a mirror")
+        running = docker("ps", "--filter", f"label=com.docker.compose.project={NAME}", "--format", "{{.Image}}")
+        assert all(image.startswith(f"{address}/dify/") for image in running.splitlines()), running
+        assert person.answer() == answer
+
+    archive = WORK / "dify-images.tar"
+    made = person.run(f"make images-archive ARGS='--output {person.home}/images.tar'", HOUR, "images-archive")
+    assert made.status == 0, made.tail()
+    shutil.move(person.home / "images.tar", archive)
+    checksum = Path(f"{person.home}/images.tar.sha256").read_text().split()[0]
+    try:
+        docker("rmi", *sorted(used))
+        person.configure(
+            dify_compose_images="archive", dify_compose_archive=str(archive), dify_compose_archive_sha256=checksum
+        )
+        person.make("deploy", 900, title="deploy from an archive, no registry")
+        assert person.answer() == answer
+    finally:
+        archive.unlink()
+
+
+MOVE = 'deploy ARGS="-e dify_move_data=yes"'
+
+
+def test_a_move_that_is_killed_leaves_what_was(deployed: tuple[Person, str]) -> None:
+    """While it copies: the containers are the site's as before, and the next move begins again."""
+    person, answer = deployed
+    home = Path(person.facts["kit_home"])
+    person.configure(dify_mode="source")
+    # The copying is the first that comes after Redis.
+    outcome = person.run(f"make {MOVE}", HOUR, "move-killed", lambda line: 6 if line.startswith("redis ") else None)
+    assert outcome.status < 0, outcome.tail()
+    assert not (home / "current").exists(), "killed too late: the copy was complete"
+    assert person.answer() != answer, "the containers were not stopped yet"
+    person.configure()
+    person.make("deploy", 900, title="after a killed move, as before")
+    assert person.answer() == answer
+    assert person.make("deploy", 600, title="after a killed move, nothing to do").changed == 0
+
+
+def test_moved_to_source_mode_and_back_with_its_data(deployed: tuple[Person, str]) -> None:
+    person, answer = deployed
+    home = Path(person.facts["kit_home"])
+
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    kept = files(home / "var/compose/storage")
+    assert any("privkeys" in name for name in kept)
+    person.configure(dify_mode="source")
+    refused = person.make("deploy", 600, title="another mode, refused", expect=2)
+    assert "dify_move_data=yes" in refused.output, refused.tail()
+    assert "One problem." in refused.output, refused.tail()  # its own containers' ports are none
+    assert person.answer() == answer
+
+    person.make(MOVE, HOUR, title="moved to source mode")
+    assert not containers()
+    assert person.answer() == answer
+    assert files(home / "var/storage") >= kept
+    [aside] = home.glob("var/moved/compose-*")
+    assert files(aside / "compose/storage") == kept
+    assert person.make("deploy", 600, title="source mode, nothing to do").changed == 0
+    assert " passed" in person.make("check", 600).output
+
+    person.configure()
+    person.make(MOVE, HOUR, title="moved into containers")
+    assert person.answer() == answer
+    assert files(home / "var/compose/storage") >= kept
+    assert not (home / "var/postgres").exists()
+    assert person.make("deploy", 600, title="containers, nothing to do").changed == 0
+    assert " passed" in person.make("check", 600).output
+
+
+def test_a_model_that_sees_is_asked_from_containers(deployed: tuple[Person, str]) -> None:
+    """Last, for its answer is another than that of the tests before."""
+    expect_picture(deployed[0])
+
+
+@contextlib.contextmanager
+def registry() -> Iterator[str]:
+    """An image registry on loopback, where Docker needs no certificate; its address."""
+    program = go_programs.build(*REGISTRY, "cmd/registry")
+    address, folder = "127.0.0.1:21899", WORK / "registry"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "config.yml"
+    settings.write_text(
+        f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {folder}}}}}\nhttp: {{addr: '{address}'}}\n"
+    )
+    with (WORK / "registry.log").open("w") as log:
+        server = subprocess.Popen([str(program), "serve", str(settings)], stdout=log, stderr=log)
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", 21899)).close()
+                    break
+                time.sleep(0.2)
+            yield address
+        finally:
+            server.terminate()
+            server.wait()
+            shutil.rmtree(folder)
