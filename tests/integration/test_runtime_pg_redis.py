@@ -27,6 +27,8 @@ import psycopg
 import pytest
 import redis
 
+from tests import elsewhere
+
 REPO = Path(__file__).resolve().parents[2]
 PLAY = """
 - hosts: kit
@@ -430,6 +432,79 @@ def server_version(site: Site) -> str:
     return str(int(row[1]) // 10000)
 
 
+# What a dump must carry: rows that look like what is left out of it, sequences, keys, an extension, generated columns.
+CONTENT = """
+DROP SCHEMA IF EXISTS moved CASCADE;
+CREATE EXTENSION IF NOT EXISTS "uuid-ossp";
+CREATE SCHEMA moved;
+CREATE TABLE moved.words (id uuid PRIMARY KEY DEFAULT uuid_generate_v4(), "the 'text" text NOT NULL);
+INSERT INTO moved.words ("the 'text") VALUES
+  ('SET transaction_timeout = 0;'), (E'a\\nSET transaction_timeout = 0;\\n\\\\.\\n'),
+  ('COPY x (y) FROM stdin;'), ('中 🦊 ''"$1\\');
+CREATE TABLE moved.lines (line text);
+INSERT INTO moved.lines VALUES
+  ('SET transaction_timeout = 0;'), ('\\restrict x'), ('COMMENT ON EXTENSION x'), (E'\\\\.');
+CREATE TABLE moved."Notes" (
+  number serial PRIMARY KEY, word uuid REFERENCES moved.words, twice int GENERATED ALWAYS AS (2) STORED
+);
+INSERT INTO moved."Notes" (word) SELECT id FROM moved.words;
+COMMENT ON TABLE moved.words IS 'kept';
+"""
+SAYS = """
+SELECT 'words', string_agg(w::text, '|' ORDER BY w.id) FROM moved.words w UNION ALL
+SELECT 'lines', string_agg(line, '|' ORDER BY line) FROM moved.lines UNION ALL
+SELECT 'notes', string_agg(n::text, '|' ORDER BY number) FROM moved."Notes" n UNION ALL
+SELECT 'next', (SELECT last_value::text FROM moved."Notes_number_seq") UNION ALL
+SELECT 'comment', obj_description('moved.words'::regclass)
+"""
+
+
+def moves_and_back(site: Site) -> None:
+    """A database of the kit's own server into the distribution's, as into a container's, and back."""
+    from ansible.module_utils import kit_move
+
+    with site.connect() as connection:
+        connection.execute(CONTENT)
+        before = connection.execute(SAYS).fetchall()
+    own = kit_move.own_server(site.home)
+    with elsewhere.Elsewhere.made() as place:
+        port, login = place.postgres()
+        tools = elsewhere.SYSTEM_POSTGRES[-1].parent
+        there = kit_move.Server(
+            (),
+            {"PATH": f"{tools}:/usr/bin:/bin", "PGHOST": str(place.root), "PGPORT": str(port), "PGUSER": "postgres"},
+            superuser=True,
+        )
+        assert kit_move.copy_database(own, "dify", there, "dify") >= 12
+        with login("dify") as connection:
+            assert connection.execute(SAYS).fetchall() == before
+            connection.execute("""INSERT INTO moved."Notes" (word) SELECT id FROM moved.words""")
+            after = connection.execute(SAYS).fetchall()
+        # Twice, as when the first time broke off later on.
+        for _ in range(2):
+            kit_move.copy_database(there, "dify", own, "dify")
+        with site.connect() as connection:
+            assert connection.execute(SAYS).fetchall() == after
+            owner = "SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'moved'"
+            assert connection.execute(owner).fetchall() == [("dify",)]
+
+        with pytest.raises(kit_move.MoveProblem, match="no_such"):
+            kit_move.copy_database(own, "no_such", there, "dify")
+        cut = place.root / "cut"
+        cut.mkdir()
+        (cut / "pg_dump").write_text(f'#!/bin/bash\n"{site.home}/runtime/bin/pg_dump" "$@" | head -n -40\n')
+        (cut / "pg_dump").chmod(0o755)
+        short = kit_move.Server((), {**own.environment, "PATH": f"{cut}:{own.environment['PATH']}"}, superuser=False)
+        with pytest.raises(kit_move.MoveProblem, match="its dump has no end"):
+            kit_move.copy_database(short, "dify", there, "dify")
+
+
+def test_databases_move_to_another_server_and_back(deployed: Site) -> None:
+    if not elsewhere.SYSTEM_POSTGRES:
+        pytest.skip("no PostgreSQL of another version on this machine: apt-get install postgresql")
+    moves_and_back(deployed)
+
+
 def test_servers_of_the_distribution(deployed: Site) -> None:
     trees = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     if not trees or not Path("/usr/bin/redis-server").exists():
@@ -461,6 +536,8 @@ def test_postgres_18_of_the_wheel_and_out_of_an_archive(deployed: Site) -> None:
         with deployed.connect(database="dify_vector") as connection:
             assert connection.execute("SELECT '[1,2]'::vector <-> '[1,4]'::vector").fetchone() == (2.0,)
         assert "(PostgreSQL) 18." in deployed.run("pg_dump", "--version")
+        if elsewhere.SYSTEM_POSTGRES:
+            moves_and_back(deployed)  # what is newest here knows words that the distribution's server doesn't
         # A version that is left out is that of the data.
         deployed.settings["postgres_version"] = ""
         assert deployed.deploy() == 0

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 _REVISION = re.compile(r"^(revision|down_revision)(?:\s*:[^=\n]+)?\s*=\s*(\([^)]*\)|[^#\n]+)", re.MULTILINE)
 LOG_TAIL_LINES = 25
+#: A mode's data is there where both of these are, below kit_home: the first is written when Dify has run with it.
+SIGNS = {
+    "source": ("current", "var/postgres"),
+    "compose": ("etc/compose/has-data.json", "var/compose/postgres"),
+}
 # The modules' argument. Only the password is hidden: hiding the whole would blank out every "dify" in what they say.
 POSTGRES_SPEC: dict[str, Any] = {
     "host": {"type": "str", "required": True},
@@ -164,3 +169,43 @@ def run_logged(argv: list[str], directory: Path, log: Path) -> str:
             f"The whole: {log}\nRemedy: mend what it names and run again; it goes on where it stopped."
         )
     return done.stdout
+
+
+def point_current(home: Path, version: str, *, check: bool = False) -> bool:
+    """Point ``current`` to a release; whether it did not yet."""
+    link, target = home / "current", f"releases/{version}"
+    if link.is_symlink() and os.readlink(link) == target:
+        return False
+    if not check:
+        new = link.with_name(".current.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        new.replace(link)
+    return True
+
+
+def alive(home: Path, mode: str) -> bool:
+    """Whether that mode has the site's data: a deploy in it has come so far that Dify ran."""
+    note, data = SIGNS[mode]
+    folder = home / data
+    return os.path.lexists(home / note) and folder.is_dir() and any(folder.iterdir())
+
+
+def make_signing_key(cli: str, key: Path, log: Path, *, check: bool = False) -> list[str]:
+    """Make the site's key pair for signing plugins where there is none; return what was done.
+
+    ``cli`` is the plugin daemon's command line; ``key`` the pair's path without .private.pem and .public.pem.
+    """
+    private, public = key.with_name(key.name + ".private.pem"), key.with_name(key.name + ".public.pem")
+    if private.exists() and public.exists():
+        return []
+    if not check:
+        # Aside and with the right mode first: the daemon's tool writes the private key for everybody to read.
+        key.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = key.with_name(".new")
+        run_logged([cli, "signature", "generate", "--filename", str(aside)], key.parent, log)
+        for suffix, target in ((".private.pem", private), (".public.pem", public)):
+            half = aside.with_name(aside.name + suffix)
+            half.chmod(0o600)
+            half.replace(target)
+    return ["signing key made"]

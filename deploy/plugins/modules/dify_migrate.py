@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ansible.module_utils.kit_migrate import (
     current,
     due_steps,
     heads,
+    point_current,
     revisions,
     run_logged,
 )
@@ -83,7 +83,9 @@ class Migration:
                 done.append(f"database is of {self.version}")
                 if not self.module.check_mode:
                     memory.set(MEMORY, self.version)
-        return done + self.switch()
+        if point_current(self.home, self.version, check=self.module.check_mode):
+            done.append(f"current is {self.version}")
+        return done
 
     def refuse_unknown(self, unknown: set[str], came_from: str | None) -> None:
         """Stop when the database is ahead of this release, or too far behind."""
@@ -127,18 +129,6 @@ class Migration:
     def log(self) -> Path:
         """Where Dify's commands have said what."""
         return self.home / "var/log/migrate.log"
-
-    def switch(self) -> list[str]:
-        """Point ``current`` to the release; return what was done."""
-        link, target = self.home / "current", f"releases/{self.version}"
-        if link.is_symlink() and os.readlink(link) == target:
-            return []
-        if not self.module.check_mode:
-            new = link.with_name(".current.new")
-            new.unlink(missing_ok=True)
-            new.symlink_to(target)
-            new.replace(link)
-        return [f"current is {self.version}"]
 
     def notices(self) -> list[str]:
         """What the builds want people to know, then the role's own."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.kit_migrate import POSTGRES_SPEC, Memory, MigrationProblem, connected, run_logged
+from ansible.module_utils.kit_migrate import (
+    POSTGRES_SPEC,
+    Memory,
+    MigrationProblem,
+    connected,
+    make_signing_key,
+    run_logged,
+)
 
 DOCUMENTATION = r"""
 module: plugin_daemon_migrate
@@ -43,28 +50,6 @@ def migrate(module: AnsibleModule) -> list[str]:
     return [f"the plugin daemon's database migrated from {before or 'empty'} to {version}"]
 
 
-def make_key(module: AnsibleModule) -> list[str]:
-    """Make the key pair where there is none; return what was done."""
-    key = Path(module.params["key"])
-    private, public = key.with_name(key.name + ".private.pem"), key.with_name(key.name + ".public.pem")
-    if private.exists() and public.exists():
-        return []
-    if not module.check_mode:
-        # Aside and with the right mode first: the daemon's tool writes the private key for everybody to read.
-        key.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside = key.with_name(".new")
-        run_logged(
-            [module.params["cli"], "signature", "generate", "--filename", str(aside)],
-            key.parent,
-            Path(module.params["home"]) / "var/log/migrate.log",
-        )
-        for suffix, target, mode in ((".private.pem", private, 0o600), (".public.pem", public, 0o600)):
-            half = aside.with_name(aside.name + suffix)
-            half.chmod(mode)
-            half.replace(target)
-    return ["signing key made"]
-
-
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(
@@ -79,7 +64,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        done = make_key(module) + migrate(module)
+        key, log = Path(module.params["key"]), Path(module.params["home"]) / "var/log/migrate.log"
+        done = make_signing_key(module.params["cli"], key, log, check=module.check_mode) + migrate(module)
     except MigrationProblem as problem:
         module.fail_json(msg=str(problem))
     module.exit_json(changed=bool(done), done=done)
