@@ -6,7 +6,7 @@ SERVICE ?=
 MODE_ARGS := $(if $(DIFY),-e dify_mode=$(DIFY)) $(if $(MODE),-e dify_mode=$(MODE))
 KIT = .venv/bin/python deploy/kit.py --site $(SITE)
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev venv-plot deploy plan check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock plugin-package test lint unit integration e2e test-gpu bench-deploy bench-inference
+.PHONY: help venv venv-dev venv-plot deploy plan check status logs restart start stop debug metrics model prune-models recover-secrets uninstall release-file runtime-lock inference-lock images-archive plugin-package test lint unit integration e2e test-gpu bench-deploy bench-inference
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ venv-dev:
 venv-plot:
 	@$(PYTHON) deploy/bootstrap.py --group plot
 
-deploy: venv  ## everything, to an answered question; DIFY=skip leaves Dify out; ARGS=--check only looks
+deploy: venv  ## everything, to an answered question; MODE=compose in containers, DIFY=skip without Dify; ARGS=--check only looks
 	@$(KIT) deploy $(MODE_ARGS) $(ARGS)
 
 check: venv  ## test the deployed hosts thoroughly
@@ -61,6 +61,9 @@ prune-models: venv  ## weights and engines that no service uses any more; ARGS=-
 recover-secrets: venv  ## a site that lost its secrets.yml: take them from its host's files
 	@$(KIT) play recover_secrets $(ARGS)
 
+images-archive: venv  ## the container images of Dify VERSION=1.16.0 in a file, for a host without a registry; ARGS=--help
+	@.venv/bin/python deploy/tools/images_archive.py $(VERSION) $(ARGS)
+
 plugin-package: venv  ## PLUGIN=x.difypkg with its Python packages inside, for hosts without a package index; MACHINE=aarch64
 	@.venv/bin/python deploy/tools/plugin_package.py $(PLUGIN) $(if $(MACHINE),--machine $(MACHINE)) $(ARGS)
 
@@ -75,7 +78,7 @@ inference-lock: venv  ## rewrite the model engines' locks from inference/locks/*
 
 test: lint unit integration  ## the kit's own tests; the end-to-end ones need root, all of them about an hour
 	@$(MAKE) --no-print-directory e2e ARGS='-m "not long"'
-	@echo 'Left out, for half an hour that it takes: deploys killed at ten places, and by root. `make e2e` runs them too.'
+	@echo 'Left out, for the hour and a half that they take: deploys killed at ten places, by root, in containers, with all parts elsewhere. `make e2e` runs them too.'
 
 lint: venv-dev  ## style, types, playbooks, shell
 	@.venv/bin/ruff check .

@@ -151,7 +151,7 @@ def as_service_user(host: dict[str, Any], command: list[str]) -> list[str]:
     if host["become"]:
         command = ["su", "-s", "/bin/sh", host["kit_user"], "-c", f"cd / && exec {shlex.join(command)}"]
     if host["connection"] != "local":
-        command = ["ssh", "-t", host["address"], shlex.join(command)]
+        command = ["ssh", "-t", *host.get("ssh", []), host["address"], shlex.join(command)]
     return command
 
 
@@ -218,7 +218,7 @@ def bench_command(name: str, host: dict[str, Any], arguments: list[str]) -> list
         fail(
             f"{name} asks a model server that the kit does not run.\nRemedy: vLLM's own `vllm bench serve`, from there."
         )
-    dify = host["dify_mode"] == "source"
+    dify = host["dify_mode"] != "skip"
     engines: dict[str, int] = service["engines"]
     ways = [f"engine=http://127.0.0.1:{min(engines.values())}/v1"]
     if len(engines) > 1:

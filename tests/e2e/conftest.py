@@ -11,6 +11,8 @@ from tests.e2e.harness import TIMINGS, WORK
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Last: its images are made of what source mode's tests have left in the cache.
+    items.sort(key=lambda item: "test_compose.py" in item.nodeid)
     if os.geteuid() != 0:
         why = "needs root, to make throw-away users: run `sudo make e2e`, or .ci/run in a container"
         for item in items:

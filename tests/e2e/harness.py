@@ -272,10 +272,20 @@ class Person:
         facts: dict[str, Any] = state["hosts"]["localhost"]
         return facts
 
+    @property
+    def secrets(self) -> Path:
+        """The site's file of secrets."""
+        return self.checkout / "deploy/inventories/local/group_vars/kit/secrets.yml"
+
+    @property
+    def url(self) -> str:
+        """The gateway as this machine itself reaches it, whatever people's address is."""
+        return f"http://127.0.0.1:{self.facts['ports']['gateway']}"
+
     def answer(self) -> str:
         """The answer to QUESTION through Dify, or from the model service where there is no Dify; an error as text."""
         facts = self.facts
-        question, asked = "ask", {"url": facts["url"]}
+        question, asked = "ask", {"url": self.url}
         if facts["dify_mode"] == "skip":
             question, asked = "model", {"port": facts["ports"]["inference"], "name": facts["model"]}
         parameters = json.dumps({"home": facts["kit_home"], "question": QUESTION, **asked})
@@ -298,7 +308,7 @@ class Person:
         if facts["dify_mode"] == "skip":
             found = {"direct": probe.counted(home, endpoint, model, PICTURE_QUESTION, PICTURE.read_bytes())}
         else:
-            said = probe.picture(home, facts["url"], endpoint, model, PICTURE_QUESTION)
+            said = probe.picture(home, self.url, endpoint, model, PICTURE_QUESTION)
             if said["status"] != 200:
                 pytest.fail(f"Dify said {said['status']}: {said['answer']}", pytrace=False)
             found = {way: said[f"{way}_tokens"] for way in ("blocking", "streaming", "direct")}
@@ -307,10 +317,8 @@ class Person:
 
     def workflow(self) -> Workflow:
         """The workflow of workflow.py, made in this person's Dify."""
-        facts = self.facts
-        file = self.checkout / "deploy/inventories/local/group_vars/kit/secrets.yml"
-        password = yaml.safe_load(file.read_text())["kit_secret_admin_password"]
-        return Workflow(facts["url"], "admin@example.com", password)
+        password = yaml.safe_load(self.secrets.read_text())["kit_secret_admin_password"]
+        return Workflow(self.url, "admin@example.com", password)
 
     def text_tokens(self, prompt: str) -> int:
         """The tokenizer's count of a prompt as the model gets it."""

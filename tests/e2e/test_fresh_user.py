@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 
@@ -12,20 +13,13 @@ import yaml
 
 from tests.e2e import workflow
 from tests.e2e.harness import PICTURE, PICTURE_QUESTION, STEP, TIMINGS, WORK, Person, Timing, say
+from tests.e2e.picture import PICTURE_TOKENS, PROMPT, expect_picture
+from tests.e2e.ssh import expect_as_before
 
 HOUR = 3600
 PLACES = 10
 # No kill comes later than that into its step: a first deploy's builds take minutes, the same ones cached do not.
 LATEST_KILL = 10.0
-MODEL = "tiny-kimi-vl"
-# What its chat template makes of the question, without the picture's tokens.
-PROMPT = (
-    "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
-    "<|im_user|>user<|im_middle|><|media_start|>image<|media_content|><|media_end|>"
-    f"{PICTURE_QUESTION}<|im_end|><|im_assistant|>assistant<|im_middle|>"
-)
-# Kimi-VL has a token for each 28 x 28 pixels, and the picture has 280 x 224.
-PICTURE_TOKENS = 80
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +49,10 @@ def test_checks_pass(deployed: tuple[Person, str]) -> None:
     person, _ = deployed
     outcome = person.make("check", 600)
     assert " passed" in outcome.output
+
+
+def test_a_host_over_ssh_is_the_same(deployed: tuple[Person, str]) -> None:
+    expect_as_before(*deployed)
 
 
 def test_killed_services_come_back(deployed: tuple[Person, str]) -> None:
@@ -186,11 +184,17 @@ def test_another_model_that_sees(deployed: tuple[Person, str]) -> None:
     """By every way the prompt has the tokens of its text and of its picture. It stays for the tests after it."""
     person, _ = deployed
     person.leave_island()
-    person.make(f"model MODEL={MODEL}", 900, title="make model: another engine, Dify follows")
-    assert person.facts["model"] == MODEL
-    expected = person.text_tokens(PROMPT) + PICTURE_TOKENS
-    assert set(person.picture_tokens().values()) == {expected}
-    person.make("check", 600, title="make check of a model that sees")
+    expect_picture(person)
+
+
+def test_the_benchmark_asks_the_engine_and_dify(deployed: tuple[Person, str]) -> None:
+    person, _ = deployed
+    outcome = person.make(
+        'bench-inference ARGS="--plain-port=0 --questions=2"', 600, title="make bench-inference, small"
+    )
+    ways = [line for line in outcome.output.splitlines() if re.match(r"\| (engine|Dify) \| [1-9]", line)]
+    assert len(ways) == 1 + person.dify, outcome.tail()
+    assert all(line.endswith("| 0 |") for line in ways), f"questions were not answered:\n{outcome.tail()}"
 
 
 def test_a_workflow_of_everything(deployed: tuple[Person, str]) -> None:

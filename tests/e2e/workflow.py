@@ -13,10 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
-
-# Ansible finds the kit's module_utils for modules only.
-ansible.module_utils.__path__.append(str(Path(__file__).parents[2] / "deploy/plugins/module_utils"))
 from ansible.module_utils.kit_console import CONSOLE, Console, ConsoleError, Http, Service
 
 KNOWLEDGE = {

@@ -20,20 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ansible.module_utils
-import ansible.modules
 import jinja2
 import pytest
+import release_file
+import yaml
+from module_utils import kit_release
 
 from inference.engine import engine_processes
 
 REPO = Path(__file__).resolve().parents[2]
-PLUGINS = REPO / "deploy" / "plugins"
 KEY = "integration-test-key"
-
-# As in tests/unit: the kit's modules under the names by which Ansible runs them.
-ansible.module_utils.__path__.append(str(PLUGINS / "module_utils"))
-ansible.modules.__path__.append(str(PLUGINS / "modules"))
 
 
 def missing(asked: dict[str, set[str]], text: str) -> list[str]:
@@ -233,12 +229,16 @@ def build_part(root: Path, part: str, python: str = sys.executable, **source: st
     """A part of a release out of the kit's own pins and ``source``, as a deploy builds it; Go's caches count."""
     from ansible.module_utils import kit_build
 
+    # Which is how a deploy has uv: in its own folder of tools.
+    tools = str(Path(sys.executable).parent)
     pins = root / "home/runtime/build" / part
     shutil.copytree(REPO / "roles" / part / "files", pins)
     raw: dict[str, Any] = {"home": str(root / "home"), "cache": str(root / "cache"), "adjust": "never"}
     raw |= {"python": python, "release": {}, "env_keys": {}}
     raw |= {"version": "0", "parts": [part], "sources": {part: source} if source else {}, "locks": {part: "tested"}}
-    built: Path = kit_build.build(kit_build.Spec.load(raw), part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{os.environ['PATH']}:{tools}")
+        built: Path = kit_build.build(kit_build.Spec.load(raw), part)
     return built
 
 
@@ -272,3 +272,18 @@ def running(command: list[str], port: int, **environment: str) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session", params=sorted(path.stem for path in release_file.RELEASES.glob("*.yml")))
+def real(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path, Path]]:
+    """A release of Dify: its version, and the checkouts of its source and of its plugin daemon's."""
+    version = str(request.param)
+    release = yaml.safe_load((release_file.RELEASES / f"{version}.yml").read_text())
+    # Not pytest's tmp_path: it keeps what it made, and this is 13,000 files.
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("dify", "plugin_daemon"):
+            repository, tag = release[part]["repository"], release[part]["tag"]
+            if not kit_release.Probe().reachable(f"git+{repository}"):
+                pytest.skip(f"{repository} does not answer from here")
+            release_file._clone(repository, tag, Path(folder, part))
+        yield version, Path(folder, "dify"), Path(folder, "plugin_daemon")

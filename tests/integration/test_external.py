@@ -1,136 +1,21 @@
-"""PostgreSQL, Redis and S3 that the kit does not run, each for real: what the precheck says of them.
-
-The servers run as nobody where root runs the tests: PostgreSQL refuses root.
-"""
+"""PostgreSQL, Redis, S3 and Qdrant that the kit does not run, each for real: what the precheck says of them."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import shutil
-import signal
-import socket
 import ssl
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import psycopg
 import pytest
 from ansible.module_utils import kit_external, kit_wire
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-# The wheels' are built without TLS.
-SYSTEM_POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
-SYSTEM_REDIS = Path("/usr/bin/redis-server")
-PASSWORD = "dify+/=$%-word"
-
-
-def certificate(folder: Path, name: str, issuer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-    """A certificate for a host name by an authority, or an authority's own; in files, its key for its owner only."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer[0].subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-    )
-    made = builder.sign(issuer[1] if issuer else key, hashes.SHA256())
-    (folder / f"{name}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    secret = folder / f"{name}.key"
-    secret.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-        )
-    )
-    secret.chmod(0o600)
-    return made, key
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
-class Elsewhere:
-    """A folder with certificates and programs, and the servers that were started from it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.ca = root / "authority.pem"
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, *command: str | Path, stop: signal.Signals = signal.SIGTERM) -> None:
-        """Run a server; its output goes to a file."""
-        with (self.root / f"{Path(command[0]).name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=self.root,
-                start_new_session=True,
-                **NOBODY,
-            )
-        self.processes.append(process)
-
-    def until(self, what: str, answers: Callable[[], object]) -> None:
-        """Wait until something does not fail any more."""
-        end, wrong = time.monotonic() + 60, ""
-        while time.monotonic() < end and all(process.poll() is None for process in self.processes):
-            try:
-                answers()
-                return
-            except Exception as error:
-                wrong = str(error)
-                time.sleep(0.1)
-        newest = max(self.root.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        pytest.fail(f"{what}: {wrong}\n{newest.read_text(errors='replace')[-1500:]}")
-
-    def stop(self) -> None:
-        """End everything, PostgreSQL without waiting for its clients."""
-        for process in self.processes:
-            process.send_signal(signal.SIGINT)
-        for process in self.processes:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+from tests.elsewhere import PASSWORD, Elsewhere
 
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[Elsewhere]:
-    root = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
-    site = Elsewhere(root)
-    try:
-        authority = certificate(root, "authority")
-        certificate(root, "localhost", authority)
-        root.chmod(0o755)
-        if NOBODY:
-            for path in [root, root / "localhost.key"]:
-                os.chown(path, NOBODY["user"], NOBODY["group"])
+    with Elsewhere.made() as site:
         yield site
-    finally:
-        site.stop()
-        shutil.rmtree(root)
 
 
 def problems(name: str, server: dict[str, Any]) -> list[Any]:
@@ -153,55 +38,11 @@ def only(name: str, server: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def postgres(elsewhere: Elsewhere) -> dict[str, Any]:
-    """The distribution's PostgreSQL with TLS alone, with databases as Dify needs them, and some as it does not."""
-    if not SYSTEM_POSTGRES:
-        pytest.skip("no PostgreSQL with TLS on this machine: apt-get install postgresql")
-    tree, data, port = SYSTEM_POSTGRES[-1].parents[1], elsewhere.root / "data", free_port()
-    subprocess.run(
-        [
-            tree / "bin/initdb",
-            "-D",
-            data,
-            "-U",
-            "postgres",
-            "--auth=trust",
-            "--no-sync",
-            "--locale=C.UTF-8",
-            "-E",
-            "UTF8",
-        ],
-        check=True,
-        capture_output=True,
-        **NOBODY,
-    )
-    (data / "pg_hba.conf").write_text(
-        "local all postgres trust\nhostssl all old 127.0.0.1/32 md5\nhostssl all plain 127.0.0.1/32 password\n"
-        "hostssl all all 127.0.0.1/32 scram-sha-256\n"
-    )
-    options = {
-        "ssl": "on",
-        "ssl_cert_file": elsewhere.root / "localhost.pem",
-        "port": port,
-        "fsync": "off",
-        "ssl_key_file": elsewhere.root / "localhost.key",
-        "unix_socket_directories": elsewhere.root,
-        "listen_addresses": "127.0.0.1",
-    }
-    # Not on its command line, which would go before what a test sets.
-    with (data / "postgresql.conf").open("a") as conf:
-        conf.writelines(f"{name} = '{value}'\n" for name, value in options.items())
-    elsewhere.start(tree / "bin/postgres", "-D", data)
-
-    def login(database: str = "postgres") -> psycopg.Connection[Any]:
-        return psycopg.connect(host=str(elsewhere.root), port=port, user="postgres", dbname=database, autocommit=True)
-
-    elsewhere.until("PostgreSQL", lambda: login().close())
+    """Databases as Dify needs them, and some as it does not."""
+    port, login = elsewhere.postgres()
     with login() as admin:
-        admin.execute(f"CREATE ROLE dify LOGIN PASSWORD '{PASSWORD}'")
         admin.execute(f"CREATE ROLE plain LOGIN PASSWORD '{PASSWORD}'")
         admin.execute(f"SET password_encryption = md5; CREATE ROLE old LOGIN PASSWORD '{PASSWORD}'")
-        for database in ("dify", "dify_plugin", "dify_vector"):
-            admin.execute(f"CREATE DATABASE {database} OWNER dify TEMPLATE template0")
         admin.execute("CREATE DATABASE foreign_one TEMPLATE template0")
         admin.execute("CREATE DATABASE ascii OWNER dify TEMPLATE template0 ENCODING 'SQL_ASCII'")
     with login("dify_vector") as admin:
@@ -302,18 +143,8 @@ def test_a_postgres_without_tls(elsewhere: Elsewhere, postgres: dict[str, Any]) 
 
 @pytest.fixture(scope="module")
 def redis(elsewhere: Elsewhere) -> dict[str, Any]:
-    """The distribution's Redis with TLS, and without at another port; users have names."""
-    if not SYSTEM_REDIS.exists():
-        pytest.skip("no Redis with TLS on this machine: apt-get install redis-server")
-    port, plain = free_port(), free_port()
-    (elsewhere.root / "redis.conf").write_text(
-        f"bind 127.0.0.1\nport {plain}\ntls-port {port}\ntls-auth-clients no\nsave ''\n"
-        f"tls-cert-file {elsewhere.root}/localhost.pem\ntls-key-file {elsewhere.root}/localhost.key\n"
-        f"user default off\nuser dify on >{PASSWORD} ~* &* +@all -@admin -@dangerous +info +keys\n"
-        f"user reader on >{PASSWORD} ~* &* +@read +@connection +info\n"
-    )
-    elsewhere.start(SYSTEM_REDIS, elsewhere.root / "redis.conf")
-    elsewhere.until("Redis", lambda: socket.create_connection(("127.0.0.1", port), 1).close())
+    """With TLS; without, at another port."""
+    port, plain = elsewhere.redis()
     login = {"host": "localhost", "port": port, "username": "dify", "password": PASSWORD}
     return {**login, "tls": True, "ca_file": str(elsewhere.ca), "plain": plain}
 
@@ -358,37 +189,10 @@ def test_a_user_who_may_not_do_enough(redis: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def bucket(elsewhere: Elsewhere) -> dict[str, Any]:
-    """SeaweedFS, with a bucket and one key."""
-    weed = Path(sys.executable).with_name("weed")
-    folder = elsewhere.root / "weed"
-    folder.mkdir()
-    if NOBODY:
-        os.chown(folder, NOBODY["user"], NOBODY["group"])
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    ports = {name: free_port() for name in (*names, "s3.port", "s3.port.grpc", "s3.port.https")}
-    actions = ["Read", "Write", "List", "Tagging"]
-    identity = {"name": "dify", "credentials": [{"accessKey": "kit-key", "secretKey": PASSWORD}], "actions": actions}
-    (elsewhere.root / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    shutil.copy(weed, elsewhere.root / "weed-server")  # nobody may not read root's environments
-    elsewhere.start(
-        elsewhere.root / "weed-server", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-volume.max=8", "-master.volumeSizeLimitMB=16", "-filer", f"-filer.localSocket={elsewhere.root}/filer.sock",
-        "-s3", f"-s3.config={elsewhere.root}/s3.json", f"-s3.cert.file={elsewhere.root}/localhost.pem",
-        f"-s3.key.file={elsewhere.root}/localhost.key", f"-s3.localSocket={elsewhere.root}/s3.sock",
-        *(f"-{name}={port}" for name, port in ports.items()),
-    )  # fmt: skip
-    files = f"http://127.0.0.1:{ports['filer.port']}/buckets/kit/"
-
-    def put(name: str, content: bytes = b"") -> None:
-        kind = {"Content-Type": "application/octet-stream"}
-        new = urllib.request.Request(files + name, content, kind, method="PUT")
-        # A name that ends with a slash is a folder.
-        folder = urllib.request.Request(files, method="POST")
-        urllib.request.urlopen(new if name else folder, timeout=10).close()
-
-    elsewhere.until("SeaweedFS", lambda: put(""))
+    """A bucket and one key."""
+    port, put = elsewhere.s3()
     server = {
-        "endpoint": f"https://localhost:{ports['s3.port.https']}",
+        "endpoint": f"https://localhost:{port}",
         "region": "us-east-1",
         "bucket": "kit",
         "access_key": "kit-key",
@@ -434,6 +238,38 @@ def test_what_is_wrong_with_a_bucket_is_named(
 def test_files_that_were_copied_are_recognized(bucket: dict[str, Any]) -> None:
     bucket["put"]("privkeys/tenant/private.pem", b"key")
     assert problems("storage", {**bucket, "moved_from": "/home/var/storage"}) == []
+
+
+# --- Vectors; Weaviate's server takes minutes to build, so it is for tests/e2e/test_elsewhere.py ----------------------
+
+
+@pytest.fixture(scope="module")
+def qdrant(elsewhere: Elsewhere) -> dict[str, Any]:
+    """A Qdrant with a key."""
+    url = f"http://localhost:{elsewhere.qdrant()}"
+    return {"kind": "qdrant", "url": url, "api_key": PASSWORD, "ca_file": "", "environment": {}}
+
+
+def test_a_sound_qdrant_has_no_problem(qdrant: dict[str, Any]) -> None:
+    assert problems("vector", qdrant) == []
+    assert problems("vector", {**qdrant, "url": f"{qdrant['url']}/"}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "remedy"),
+    [
+        ({"api_key": "wrong"}, "Qdrant refuses the site's key", "dify_vector_api_key in the site's secrets.yml"),
+        ({"api_key": ""}, "Qdrant refuses the site's key", "dify_vector_api_key in the site's secrets.yml"),
+        ({"url": "http://localhost:9"}, "Qdrant cannot be reached at http://localhost:9", "kit_no_proxy"),
+        ({"kind": "weaviate"}, "is no Weaviate", "correct dify_vector_url"),
+    ],
+)
+def test_what_is_wrong_with_qdrant_is_named(
+    qdrant: dict[str, Any], changes: dict[str, Any], what: str, remedy: str
+) -> None:
+    said = only("vector", {**qdrant, **changes})
+    assert what in said
+    assert remedy in said
 
 
 def test_everything_that_is_wrong_comes_at_once(

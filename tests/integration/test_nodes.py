@@ -69,7 +69,7 @@ class Server:
         (root / "tmp").mkdir()
         self.namespace, self.log = namespace, root / "log"
         self.command = ["ip", "netns", "exec", namespace, str(engine.python), "-m", "inference.vllm_cli", "serve"]
-        self.command += ["--model", str(model), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(PORT)]
+        self.command += [str(model), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(PORT)]
         self.command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
         self.command += scale.arguments(node)
         # A core for each node: they wait for each other, and both on one would take turns with that.

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
+import jinja2.nativetypes
 import plugin_package
 import pytest
+import yaml
 from module_utils import kit_network
 
 from tests.integration.conftest import python312
@@ -61,8 +63,12 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Wrapper:
             "kit_user_home": str(home),
             "kit_cache": str(cache or home / "cache"),
             "kit_ca_bundle": os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"),
+            "kit_network_env": {},
             "kit_mirror": {"pypi": index},
         }
+        told = yaml.safe_load((REPO / "roles/plugin_daemon/vars/main.yml").read_text())["plugin_daemon_uv"]
+        own = jinja2.nativetypes.NativeEnvironment()
+        values["plugin_daemon_uv"] = {key: own.from_string(value).render(values) for key, value in told.items()}
         templates = jinja2.Environment(trim_blocks=True)
         templates.filters["kit_certificates_env"] = kit_network.certificates
         script.write_text(templates.from_string(template).render(values))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,6 @@ VERSIONS = sorted(path.stem for path in RELEASES.glob("*.yml"))
 
 def _load(name: str) -> Any:
     return yaml.safe_load((RELEASES / f"{name}.yml").read_text())
-
-
-@pytest.fixture(scope="session", params=VERSIONS)
-def real(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path, Path]]:
-    version = str(request.param)
-    release = _load(version)
-    # Not pytest's tmp_path: it keeps what it made, and this is 13,000 files.
-    with tempfile.TemporaryDirectory() as folder:
-        for part in ("dify", "plugin_daemon"):
-            repository, tag = release[part]["repository"], release[part]["tag"]
-            if not kit_release.Probe().reachable(f"git+{repository}"):
-                pytest.skip(f"{repository} does not answer from here")
-            release_file._clone(repository, tag, Path(folder, part))
-        yield version, Path(folder, "dify"), Path(folder, "plugin_daemon")
 
 
 def test_real_source_is_what_the_file_says(real: tuple[str, Path, Path]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from ansible.module_utils import kit_fetch, kit_network, kit_runtime
+from ansible.module_utils import kit_network
 from cryptography import x509
 
-from .conftest import REPO, Home, self_signed
+from tests import go_programs
+
+from .conftest import Home, self_signed
 from .test_gateway import ROLE, Gateway, Upstream
 
 # Let's Encrypt's own server for tests of clients; the version is the pin, its module's hash is in Go's sum database.
-PEBBLE = "github.com/letsencrypt/pebble/v2/cmd/{}@v2.10.1"
+PEBBLE = ("github.com/letsencrypt/pebble/v2", "v2.10.1")
 NAME = "dify.kit.test"
 
 
@@ -103,22 +103,11 @@ def test_plain_http_is_for_this_hosts_services_alone(own: tuple[Gateway, int, ss
 
 
 @pytest.fixture(scope="session")
-def pebble(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with Pebble and its DNS server, built with the machine's Go or the runtime's pinned one (a minute)."""
-    root = tmp_path_factory.mktemp("pebble")
-    go = shutil.which("go")
-    if not go:
-        lock = yaml.safe_load((REPO / "roles/runtime/vars/main/lock.yml").read_text())["runtime_lock"]
-        artefact = kit_runtime.pick(lock, "go", "", kit_runtime.host_platform())
-        kit_fetch.unpack(artefact, kit_fetch.fetch(artefact, root, os.environ.get("GOPROXY", "")), root / "go")
-        go = str(root / "go/bin/go")
-    # A developer's own caches are used where they are named.
-    environment = {"GOPATH": str(root / "path"), "GOCACHE": str(root / "cache"), **os.environ}
-    environment |= {"GOBIN": str(root), "GOFLAGS": "-modcacherw", "GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
-    packages = [PEBBLE.format(name) for name in ("pebble", "pebble-challtestsrv")]
-    subprocess.run([go, "install", *packages], env=environment, check=True)
-    yield root
-    shutil.rmtree(root)
+def pebble() -> Path:
+    """A folder with Pebble and its DNS server (half a minute when they are built)."""
+    for name in ("pebble", "pebble-challtestsrv"):
+        program = go_programs.build(*PEBBLE, f"cmd/{name}")
+    return program.parent
 
 
 class Authority:

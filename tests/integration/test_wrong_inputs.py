@@ -136,7 +136,7 @@ def test_all_static_problems_at_once(site: Site) -> None:
         "dify_public_url": "dify.example.com/",
         "kit_hom": "/x",
         "dify_release": "2",
-        "dify_mode": "compose",
+        "dify_mode": "containers",
     }
     assert "4 problems. No host was touched" in refused(site)
 
@@ -216,6 +216,7 @@ def test_parts_elsewhere_that_do_not_answer(site: Site) -> None:
         "postgres_password": "of-the-server",
         "redis_source": "external",
         "redis_host": "no-such-host.invalid",
+        "redis_port": port,  # as PostgreSQL's, on another host
         "dify_storage": "s3",
         "dify_s3": {"endpoint": f"http://127.0.0.1:{port}", "bucket": "files", "access_key": "key"},
         "dify_s3_secret_key": "of-the-bucket",

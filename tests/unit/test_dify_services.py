@@ -112,7 +112,8 @@ def test_what_the_processes_are_told_fits_into_what_postgresql_is_told(cores: in
                 if "--workers" in service["command"]
                 else 1
             )
-            opened += int(workers) * sum(int(value) for value in service["environment"].values())
+            pool = [int(value) for name, value in service["environment"].items() if name.startswith("SQLALCHEMY_")]
+            opened += int(workers) * sum(pool)
     assert opened > 0
     limits = render("postgres_connection_limits")
     opened += int(limits["dify_vector"]) + kit_dify.DAEMON_POOL

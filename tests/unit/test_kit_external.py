@@ -55,14 +55,46 @@ def url() -> Iterator[str]:
         ({"kind": "qdrant", "api_key": "wrong"}, "Qdrant refuses the site's key (status 401)."),
         ({"kind": "weaviate", "api_key": ""}, "Weaviate refuses the site's key (status 401)."),
         ({"kind": "weaviate", "path": "/old"}, "The server is Weaviate 1.19.6; Dify's client needs 1.27."),
+        (
+            {"kind": "weaviate", "grpc": "grpc://127.0.0.1:9"},
+            "Weaviate's port for gRPC cannot be reached at 127.0.0.1:9",
+        ),
         ({"kind": "qdrant", "path": "/elsewhere"}, "What answers there (status 404) is no Qdrant."),
         ({"kind": "qdrant", "url": "http://127.0.0.1:9"}, "Qdrant cannot be reached at http://127.0.0.1:9"),
     ],
 )
 def test_a_vector_store_is_asked(url: str, changes: dict[str, str], expected: str) -> None:
-    server: dict[str, Any] = {"url": url + changes.get("path", ""), "api_key": KEY, "ca_file": "", "environment": {}}
+    server: dict[str, Any] = {
+        "url": url + changes.get("path", ""),
+        "api_key": KEY,
+        "ca_file": "",
+        "environment": {},
+        "grpc": url.removeprefix("http://"),
+    }
     found = kit_external.examine({"vector": {**server, **changes}}).problems
     assert [problem.what.startswith(expected) and bool(problem.remedy) for problem in found] == [True] * bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("url", "grpc", "address"),
+    [
+        ("http://store:8080", "", ("store", 50051)),
+        ("https://store", "", ("store", 443)),
+        ("http://store:8080", "other", ("other", 50051)),
+        ("http://store:8080", "grpcs://other", ("other", 443)),
+        ("http://store:8080", "other:7", ("other", 7)),
+    ],
+)
+def test_where_difys_client_looks_for_grpc(url: str, grpc: str, address: tuple[str, int]) -> None:
+    """As WeaviateVector of release 1.16.0 reads both settings."""
+    assert kit_external.grpc_address(url, grpc) == address
+
+
+def test_a_port_behind_a_proxy_is_not_knocked_at(url: str) -> None:
+    server = {"kind": "weaviate", "url": url, "api_key": KEY, "ca_file": "", "grpc": "grpc://127.0.0.1:9"}
+    environment = {"http_proxy": url, "no_proxy": ""}
+    kit_external._check_weaviate_grpc({**server, "environment": environment}, found := kit_external.Answers())
+    assert found.problems == []
 
 
 OWN = {"host": "127.0.0.1", "port": 5, "database": "dify"}

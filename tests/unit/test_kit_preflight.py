@@ -740,6 +740,9 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
         "sandbox": {"mode": "off"},
         "sources": [],
         "agent_runtime": False,
+        "docker": "",
+        "mode": "source",
+        "move": False,
         "mirrors": NAMED,
         "binds": {"gateway_bind": "127.0.0.1"},
         "stores": STORES,
@@ -772,6 +775,7 @@ def test_a_sound_host_has_no_problem(tmp_path: Path) -> None:
         "agent_runtime_lacks": "",
         "mirrors": {},
         "sandbox": {"run": False, "commands": []},
+        "docker_bridge": "",
     }
 
 
@@ -864,3 +868,21 @@ def test_an_archive_is_looked_into_before_it_is_unpacked(tmp_path: Path) -> None
     assert "holds no PostgreSQL server" in said
     (said,) = stores_problems(tmp_path, **{**whole, "archive": "/nowhere.tar"})
     assert "cannot be read: No such file" in said
+
+
+def test_the_data_of_the_other_mode_is_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "var/postgres/16").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/1.16.0")
+
+    def found(mode: str, move: bool = False) -> list[Any]:
+        findings = kit_preflight.Findings()
+        assert kit_preflight.check_mode(findings, str(tmp_path), mode, move) == bool(findings.problems)
+        return list(findings.problems)
+
+    assert found("source") == found("skip") == []
+    assert found("compose", move=True) == []
+    [problem] = found("compose")
+    assert "dify_mode source" in problem.what
+    assert 'make deploy MODE=compose ARGS="-e dify_move_data=yes"' in problem.remedy
+    (tmp_path / "current").unlink()
+    assert found("compose") == []

@@ -76,7 +76,6 @@ def test_sound_values_pass(name: str, value: Any) -> None:
         ("kit_git_mirror", "git.example.com", "without http://", "https://git.example.com"),
         ("dify_release", 1.16, "dify_release must be text, but it is 1.16", "put it in quotes"),
         ("dify_mode", "sorce", "'sorce', which is none of its values", "did you mean source"),
-        ("dify_mode", "compose", "compose is not available yet", "source"),
         ("dify_source_verify", "off", "none of its values", "choose one of strict, warn"),
         ("gateway_dify", "no", "gateway_dify must be true or false", "without quotes"),
         ("postgres_databases", "dify", "must be a list, but it is 'dify'", "[a, b]"),
@@ -207,7 +206,9 @@ def test_an_advisory_says_what_may_happen_and_how_to_accept_it() -> None:
 
 
 def test_every_global_of_the_wiring_file_is_specified() -> None:
-    own = {name for name in WIRING if re.match(r"(kit|dify)_(?!source_|host_)", name)}  # kit_host_*: the kit's notes
+    own = {
+        name for name in WIRING if re.match(r"(kit|dify)_(?!source_|compose_|host_)", name)
+    }  # kit_host_*: the kit's notes
     secrets = {name for name in SPECS if name.startswith("kit_secret_")}
     assert own | secrets == set(KIT_VARIABLES["argument_specs"]["main"]["options"])
 
@@ -431,3 +432,20 @@ def test_parts_have_what_their_sources_need(values: dict[str, Any], there: list[
 def test_a_bucket_lacks_nothing() -> None:
     (problem,) = problems("dify_s3", {"bucket": "b"})
     assert "dify_s3 lacks the key access_key" in problem.what
+
+
+def test_a_site_in_containers_has_no_settings_of_source_mode_and_a_way_to_its_images() -> None:
+    values = {"dify_compose_project": "Dify", "dify_compose_images": "archive", "dify_compose_mirror": "https://r"}
+    where = {"postgres_version": "a, line 1", "dify_compose_mirror": "a, line 2", "sandbox_mode": "a, line 3"}
+    found = [problem.what for problem in kit_validate.check_compose(values, where)]
+    assert [line.split()[0] for line in found] == [
+        "postgres_version",
+        "sandbox_mode",
+        "dify_compose_mirror",
+        "dify_compose_images",
+        "dify_compose_images",
+        "dify_compose_mirror",
+        "dify_compose_project",
+    ]
+    sound = {"dify_compose_project": "dify", "dify_compose_images": "mirror", "dify_compose_mirror": "r.example.com/x"}
+    assert kit_validate.check_compose(sound, {"dify_compose_mirror": "a"}) == []

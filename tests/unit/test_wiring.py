@@ -39,15 +39,25 @@ def test_dify_asks_the_model_where_it_listens(bind: str, host: str) -> None:
 
 
 def test_without_dify_none_of_its_services_stays() -> None:
-    template = WIRING["services_unwanted"].strip().removeprefix("{{").removesuffix("}}")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
     environment.filters["regex_replace"] = lambda value, _, prefix: f"{prefix}{value}"
-    own = {"inference_endpoint": "kit", "postgres_source": "wheel", "redis_source": "system"}
-    found = environment.compile_expression(template)(dify_mode="skip", **own)
-    assert {"websocket", "agent-backend", "agent-runtime", *kit_dify.RUNNERS} <= set(found or [])
-    assert environment.compile_expression(template)(dify_mode="source", **own) == []
+
+    def value(name: str, **variables: object) -> Any:
+        template = WIRING[name].strip().removeprefix("{{").removesuffix("}}")
+        return environment.compile_expression(template)(**variables)
+
+    services = value("dify_source_all_services")
+    assert {"websocket", "agent-backend", "agent-runtime", *kit_dify.RUNNERS} <= set(services)
+    own: dict[str, Any] = {"inference_endpoint": "kit", "postgres_source": "wheel", "redis_source": "system"}
+    own |= {"dify_source_all_services": services, "dify_compose_take_over": {}}
+    assert value("services_unwanted", dify_mode="skip", **own) == services
+    assert value("services_unwanted", dify_mode="source", **own) == []
+    assert value("services_unwanted", dify_mode="compose", **own) == [*services, "postgres", "redis"]
+    # Until the containers have their data, they run.
+    moving = own | {"dify_compose_take_over": {"databases": ["dify"]}}
+    assert value("services_unwanted", dify_mode="compose", **moving) == []
     elsewhere = own | {"postgres_source": "external", "redis_source": "external"}
-    assert environment.compile_expression(template)(dify_mode="source", **elsewhere) == ["postgres", "redis"]
+    assert value("services_unwanted", dify_mode="source", **elsewhere) == ["postgres", "redis"]
 
 
 def test_the_kits_key_is_never_shown_to_another_server() -> None:

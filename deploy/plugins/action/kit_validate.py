@@ -167,22 +167,32 @@ class ActionModule(ActionBase):
             yield from self._check_release(str(value("dify_release")), value, where, deploy)
         named = [name for name in specs if name.endswith("_port")]
         # dify_source_plugin_daemon_debug_port tells one role where another's plugin_daemon_debug_port listens.
-        ports = {name: value(name) for name in named if not any(name.endswith(f"_{other}") for other in named)}
+        # A server that the kit does not run has its port on another host, or is there already: preflight asks it.
+        others = {f"{part}_port" for part in ("postgres", "redis") if value(f"{part}_source") == "external"}
+        ports = {
+            name: value(name)
+            for name in named
+            if name not in others and not any(name.endswith(f"_{other}") for other in named)
+        }
         if not broken & {*ports, "kit_port_base"}:
             place = ", ".join(dict.fromkeys(where[name] for name in [*ports, "kit_port_base"] if name in where))
             numbers = {name: int(port) for name, port in ports.items() if re.fullmatch(r"\d+", str(port))}
             yield from rules.check_ports(numbers, place or "deploy/group_vars/all.yml")
         names = ["inference_endpoint", "provider_endpoint", "provider_api_key", "provider_model", "provider_plugin"]
         names += ["provider_package", "dify_source_marketplace"]
-        if value("dify_mode") == "source" and not broken & set(names):
+        if value("dify_mode") != "skip" and not broken & set(names):
             yield from rules.check_provider({name: value(name) for name in names}, where)
         names = ["provider_plugin", "provider_package", "dify_plugins", "plugin_daemon_package_mb"]
-        if value("dify_mode") == "source" and not broken & set(names):
+        if value("dify_mode") != "skip" and not broken & set(names):
             yield from self._check_plugins(value, where)
         names = ["sandbox_mode", "sandbox_url", "sandbox_api_key"]
         if value("dify_mode") == "source" and not broken & set(names):
             chosen = {name: value(name) or specs[name].get("default") for name in names}
             yield from rules.check_sandbox(chosen, where)
+        names = [name for name in specs if name.startswith("dify_compose_")]
+        if value("dify_mode") == "compose" and not broken & set(names):
+            chosen = {name: value(name) or specs[name].get("default") for name in names}
+            yield from rules.check_compose(chosen, where)
         names = [name for name in specs if name.startswith(rules.PART_NAMES)]
         if not broken & set(names):
             parts = {name: value(name) for name in names}
@@ -196,7 +206,7 @@ class ActionModule(ActionBase):
             chosen = {name: value(name) or specs[name].get("default") for name in names}
             yield from rules.check_model(chosen, where, catalog)
         yield from self._check_gateway(value, where, broken)
-        if value("dify_mode") == "source" and not broken & {"dify_source_env", "plugin_daemon_env", "dify_release"}:
+        if value("dify_mode") != "skip" and not broken & {"dify_source_env", "plugin_daemon_env", "dify_release"}:
             yield from self._check_env(value, where, deploy)
         if not broken & {"dify_source_mail", "dify_source_mail_password"}:
             place = where.get("dify_source_mail", where.get("dify_source_mail_password", "dify_source_mail"))
@@ -274,7 +284,7 @@ class ActionModule(ActionBase):
         files = {path.stem: path for path in (deploy / "releases").glob("*.yml")}
         problems = rules.check_release(release, files, place)
         yield from problems
-        if problems or value("dify_mode") != "source":
+        if problems or value("dify_mode") == "skip":
             return
         data = self._mapping(str(files[release]))
         unsound = validate_release(data)

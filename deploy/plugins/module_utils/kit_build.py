@@ -48,6 +48,7 @@ PARTS = {
     "agent-runtime": (DIFY, "agent runtime"),
     "egress": (EGRESS, "egress proxy"),
     "sandbox": (SANDBOX, "sandbox"),
+    "docker": (DIFY, "Dify's Compose files"),
 }
 # What a small part waits for, so that no more memory is needed than for the large ones side by side.
 AFTER = {"agent-backend": ["api"], "agent-runtime": ["plugin-daemon"]}
@@ -587,6 +588,12 @@ def build_sandbox(spec: Spec, tree: Path, work: Path, out: Path) -> None:
             path.chmod(mode | (0o555 if mode & 0o100 else 0o444))
 
 
+def build_docker(spec: Spec, tree: Path, work: Path, out: Path) -> None:
+    """Upstream's Compose files as they are; containers run from images."""
+    del spec, work
+    copy(tree / "docker", out)
+
+
 BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
     "web": build_web,
     "api": build_api,
@@ -595,6 +602,7 @@ BUILDERS: dict[str, Callable[[Spec, Path, Path, Path], None]] = {
     "agent-runtime": build_agent_runtime,
     "egress": build_egress,
     "sandbox": build_sandbox,
+    "docker": build_docker,
 }
 
 

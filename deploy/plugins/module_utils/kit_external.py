@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from .kit_network import proxied
 from .kit_report import Problem
-from .kit_wire import PostgresError, PostgresSession, RedisError, RedisSession, Refused, ask, signed
+from .kit_wire import SECONDS, PostgresError, PostgresSession, RedisError, RedisSession, Refused, ask, signed
 
 # PostgreSQL 13 is the first with gen_random_uuid() and trusted extensions; upstream tests with 15.
 OLDEST_POSTGRES = 13
@@ -304,7 +307,10 @@ def check_storage(server: Mapping[str, Any], found: Answers) -> None:
 
 
 def check_vector(server: Mapping[str, Any], found: Answers) -> None:
-    """Qdrant or Weaviate (``kind``) answers to its key; ``server`` has url, api_key, ca_file and environment."""
+    """Qdrant or Weaviate (``kind``) answers to its key, Weaviate's second port as well.
+
+    ``server`` has url, api_key, ca_file, environment and ``grpc`` (where the second port is if not where Dify looks).
+    """
     kind, url = server["kind"], str(server["url"]).rstrip("/")
     qdrant = kind == "qdrant"
     name = kind.capitalize()
@@ -335,6 +341,32 @@ def check_vector(server: Mapping[str, Any], found: Answers) -> None:
                 url,
                 "update the server; or use another vector store: dify_vector_store",
             )
+        _check_weaviate_grpc(server, found)
+
+
+def _check_weaviate_grpc(server: Mapping[str, Any], found: Answers) -> None:
+    """Something listens where Dify's client goes for data: it stores over HTTP and searches over gRPC."""
+    host, port = grpc_address(server["url"], server.get("grpc") or "")
+    if proxied(f"http://{host}", server["environment"]):
+        return  # asked by way of that proxy, which lets nobody knock without speaking
+    try:
+        socket.create_connection((host, port), timeout=SECONDS).close()
+    except OSError as error:
+        found.problem(
+            f"Weaviate's port for gRPC cannot be reached at {host}:{port}: {error.strerror or error}.",
+            "dify_vector_url",
+            "let this host reach it; or say where it is: dify_source_env: {WEAVIATE_GRPC_ENDPOINT: grpc://host:port}, "
+            "with grpcs:// where it is encrypted.",
+        )
+
+
+def grpc_address(url: str, grpc: str) -> tuple[str, int]:
+    """Host and port where Dify's client looks for Weaviate's gRPC, given its address and WEAVIATE_GRPC_ENDPOINT."""
+    if grpc:
+        parts = urlsplit(grpc if "://" in grpc else f"grpc://{grpc}")
+        return parts.hostname or "localhost", parts.port or (443 if parts.scheme == "grpcs" else 50051)
+    parts = urlsplit(url)
+    return parts.hostname or "", 443 if parts.scheme == "https" else 50051
 
 
 CHECKS: dict[str, Callable[[Mapping[str, Any], Answers], None]] = {

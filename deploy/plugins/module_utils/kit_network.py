@@ -79,19 +79,23 @@ def hide(module: Any) -> Env:
     return env
 
 
+def proxied(url: str, env: Mapping[str, str]) -> dict[str, str]:
+    """The proxies (by scheme) by which an address is reached as an environment says; none for its exceptions."""
+    host = urlsplit(url).hostname or ""
+    excluded = [name.strip() for name in env.get("no_proxy", "").split(",") if name.strip()]
+    if any(host == name or host.endswith("." + name.lstrip(".")) for name in excluded):
+        return {}
+    return {scheme: address for scheme in ("http", "https") if (address := env.get(f"{scheme}_proxy"))}
+
+
 def opener(url: str, env: Mapping[str, str]) -> urllib.request.OpenerDirector:
     """Opens this address the way that an environment says: its proxies, its exceptions, its certificates.
 
     :raises OSError: the certificates cannot be read.
     """
-    proxies = {scheme: address for scheme in ("http", "https") if (address := env.get(f"{scheme}_proxy"))}
-    host = urlsplit(url).hostname or ""
-    excluded = [name.strip() for name in env.get("no_proxy", "").split(",") if name.strip()]
-    if any(host == name or host.endswith("." + name.lstrip(".")) for name in excluded):
-        proxies = {}
     context = ssl.create_default_context(cafile=env.get("SSL_CERT_FILE") or None)
     made = urllib.request.build_opener(
-        urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
+        urllib.request.ProxyHandler(proxied(url, env)), urllib.request.HTTPSHandler(context=context)
     )
     made.addheaders = [("User-Agent", "dify-kit")]
     return made

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import ipaddress
+import json
 import locale
 import os
 import platform
@@ -27,7 +29,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from . import kit_external, kit_subids
+from . import kit_external, kit_migrate, kit_subids
+from .kit_docker import check_engine
 from .kit_files import parse_env
 from .kit_gateway import forward
 from .kit_mirrors import Mirrors
@@ -930,13 +933,15 @@ def _install(packages: list[str]) -> str:
 # --- Another Dify ---------------------------------------------------------------------------------------------------
 
 
-def foreign_dify(home: str, environment: Mapping[str, str], account: Account) -> list[str]:
+def foreign_dify(home: str, environment: Mapping[str, str], account: Account, project: str = "") -> list[str]:
     """Containers and processes of a Dify that is not this one; it is no obstacle unless it holds a port."""
     found: list[str] = []
     if shutil.which("docker", path=environment.get("PATH")):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            listed = account.run(["docker", "ps", "--format", "{{.Names}} {{.Image}}"], environment, 3)
-            names = [line.split()[0] for line in listed.stdout.splitlines() if "langgenius/dify" in line]
+            form = '{{.Names}} {{.Image}} {{.Label "com.docker.compose.project"}}'
+            listed = account.run(["docker", "ps", "--format", form], environment, 3)
+            rows = [line.split(" ") for line in listed.stdout.splitlines() if "langgenius/dify" in line]
+            names = [name for name, _, owner in rows if not project or owner != project]
             if names:
                 found.append(f"another Dify runs on this host, in containers ({', '.join(sorted(names)[:3])} ...)")
     signs = re.compile(r"celery_entrypoint|dify-plugin-daemon|/dify/api/|geventwebsocket\.gunicorn")
@@ -1044,6 +1049,47 @@ def check_parts(
 # --- All of it ------------------------------------------------------------------------------------------------------
 
 
+def check_mode(findings: Findings, home: str, mode: str, move: bool) -> bool:
+    """Whether the data of the other mode would stay behind, and Dify begin anew; ``mode`` is the site's dify_mode."""
+    other = {"source": "compose", "compose": "source"}.get(mode, "")
+    left_behind = bool(other) and not move and kit_migrate.alive(Path(home), other)
+    if left_behind:
+        note, data = kit_migrate.SIGNS[other]
+        findings.problem(
+            f"Dify runs here with dify_mode {other}, whose data {mode} mode would not see.",
+            f"{home}/{data}",
+            f"one of these:\n- dify_mode: {other}\n- take the data along: make deploy "
+            f'MODE={mode} ARGS="-e dify_move_data=yes"\n- another kit_home for the new site\n'
+            f"- begin without that data, which stays where it is: delete {home}/{note}",
+        )
+    return left_behind
+
+
+def check_docker(findings: Findings, account: Account, environment: Mapping[str, str], project: str) -> dict[str, Any]:
+    """The engine and Compose can be used; return the bridge's address (``bridge``) and the project's own ``ports``."""
+    path = environment.get("PATH", os.defpath)
+
+    def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        if os.geteuid() == 0 and command[1] != "compose":
+            # The deploy puts the service user into the group; what the engine says is the same for root.
+            return subprocess.run(list(command), env={"PATH": path}, capture_output=True, text=True, check=False)
+        return account.run(command, {"PATH": path, "HOME": account.home})
+
+    problems = check_engine(run, account.name)
+    findings.problems += problems
+    found: dict[str, Any] = {"bridge": "", "ports": set()}
+    if problems:
+        return found
+    said = run(["docker", "network", "inspect", "bridge", "--format", "{{json .IPAM.Config}}"]).stdout
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        [subnet, *_] = json.loads(said)
+        first = next(ipaddress.ip_network(subnet["Subnet"], strict=False).hosts())
+        found["bridge"] = subnet.get("Gateway") or str(first)
+    listed = run(["docker", "ps", "--filter", f"label=com.docker.compose.project={project}", "--format", "{{.Ports}}"])
+    found["ports"] = {int(port) for port in re.findall(r":(\d+)->", listed.stdout)}
+    return found
+
+
 def agent_runtime_lacks(account: Account, environment: Mapping[str, str]) -> str:
     """What the host lacks for agents' commands, with its remedy; empty where they can run behind their jail."""
     remedies = {}
@@ -1076,15 +1122,18 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     mirrors = Mirrors(parameters["mirrors"], environment)
 
     # What waits for others runs beside what only looks at this host; each thread adds to findings of its own.
-    asking, looking, boxed, stored = Findings(), Findings(), Findings(), Findings()
-    with ThreadPoolExecutor(max_workers=5) as pool:
+    asking, looking, boxed, stored, engine = Findings(), Findings(), Findings(), Findings(), Findings()
+    with ThreadPoolExecutor(max_workers=6) as pool:
         network = pool.submit(check_sources, asking, parts, sources, account, environment, mirrors)
         stores = pool.submit(check_parts, stored, home, account, parameters["stores"], environment)
         python = None
         if any(part.python for part in parts):
             python = pool.submit(check_python, looking, account, parameters["python"], environment)
-        others = pool.submit(foreign_dify, home, environment, account)
+        others = pool.submit(foreign_dify, home, environment, account, parameters["docker"])
         sandbox = pool.submit(check_sandbox, boxed, parameters["sandbox"], account, environment)
+
+        project = parameters["docker"]
+        containers = pool.submit(check_docker, engine, account, environment, project) if project else None
 
         libc = (platform.libc_ver()[0], platform.libc_ver()[1])
         check_system(findings, platform.system(), platform.machine(), libc, parameters["machines"], parameters["glibc"])
@@ -1097,13 +1146,18 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
             check_folder(findings, account, name, path)
         check_home_is_ours(findings, home)
         check_disk(findings, home, cache, parts)
+        left_behind = check_mode(findings, home, parameters["mode"], parameters["move"])
         check_sockets(findings, parameters["sockets"])
         check_temporary(findings, account)
         check_locale(findings)
         umask = os.umask(0o022)
         os.umask(umask)
         check_umask(findings, umask)
-        check_ports(findings, parameters["ports"], home)
+        docker = containers.result() if containers else {"bridge": "", "ports": set()}
+        # Docker's own process holds the containers' ports.
+        ports = {name: port for name, port in parameters["ports"].items() if port not in docker["ports"]}
+        if not left_behind:  # else the other mode's own services hold them
+            check_ports(findings, ports, home)
         check_low_ports(findings, parameters["ports"], home)
         check_binds(findings, parameters["binds"])
         check_commands(findings, parts, environment.get("PATH", os.defpath))
@@ -1115,16 +1169,17 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     if python:
         python.result()  # an error of its own is not lost
     stores.result()
-    findings.problems += looking.problems + asking.problems + boxed.problems + stored.problems
+    findings.problems += looking.problems + asking.problems + boxed.problems + stored.problems + engine.problems
     findings.notices += others.result() + boxed.notices + stored.notices + mirrors.summary()
 
-    data = Path(home, "var", "postgres")
     has_data = False
-    with contextlib.suppress(OSError):
-        has_data = data.is_dir() and any(data.iterdir())
+    for data in (Path(home, "var", "postgres"), Path(home, "var", "compose", "postgres")):
+        with contextlib.suppress(OSError):
+            has_data = has_data or (data.is_dir() and any(data.iterdir()))
     return findings, {
         "has_data": has_data,
         "agent_runtime_lacks": lacks,
         "mirrors": mirrors.chosen,
         "sandbox": sandbox.result(),
+        "docker_bridge": docker["bridge"],
     }

@@ -26,6 +26,7 @@ SECRETS = {
     "kit_secret_agent_key": "protects the tokens of agents' commands",
     "kit_secret_agent_runtime_token": "what the agent backend shows to the agent runtime",
     "kit_secret_sandbox": "what the API shows to the sandbox",
+    "kit_secret_pgvector": "the vector database of dify_mode compose",
 }
 #: Stored data cannot be used with another value of these.
 BOUND_TO_DATA = ADMIN_PASSWORD, "kit_secret_postgres_admin", "kit_secret_postgres", "kit_secret_dify_secret_key"
@@ -50,6 +51,17 @@ ON_HOST = {
     },
     "inference.env": {"VLLM_API_KEY": "kit_secret_inference_api_key"},
     "sandbox.env": {"API_KEY": "kit_secret_sandbox"},
+    "dify.env": {
+        "DB_PASSWORD": "kit_secret_postgres",
+        "DIFY_AGENT_SERVER_SECRET_KEY": "kit_secret_agent_key",
+        "DIFY_AGENT_SHELLCTL_AUTH_TOKEN": "kit_secret_agent_runtime_token",
+        "PGVECTOR_PASSWORD": "kit_secret_pgvector",
+        "PLUGIN_DAEMON_KEY": "kit_secret_plugin_daemon_key",
+        "PLUGIN_DIFY_INNER_API_KEY": "kit_secret_inner_api_key",
+        "REDIS_PASSWORD": "kit_secret_redis",
+        "SANDBOX_API_KEY": "kit_secret_sandbox",
+        "SECRET_KEY": "kit_secret_dify_secret_key",
+    },
     "postgres-admin.env": {"PGPASSWORD": "kit_secret_postgres_admin"},
 }
 

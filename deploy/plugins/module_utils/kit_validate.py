@@ -164,9 +164,6 @@ def check_settings(
             problems.append(Problem(f"{name} was removed in release {gone} of the kit.", setting.where, remedy))
         elif name not in specs:
             problems.append(unknown_name(name, setting.where, specs))
-        elif name == "dify_mode" and setting.value == "compose":
-            remedy = "use dify_mode: source. Dify then runs from its release's source, without Docker."
-            problems.append(Problem("dify_mode compose is not available yet.", setting.where, remedy))
         elif setting.known:
             found = check_value(setting, specs[name])
             # A value of the wrong type would only give a second, odder complaint.
@@ -447,6 +444,52 @@ def check_parts(values: Mapping[str, Any], where: Mapping[str, str], newest_post
         only(name, store != "pgvector", "dify_vector_store is pgvector")
     if store != "pgvector":
         need("dify_vector_url", f"dify_vector_store is {store}", "set it to the server's address, as http://host:port.")
+    return problems
+
+
+# What source mode alone has: prefix of the variables -> what stands for it in containers.
+SOURCE_ONLY = {
+    "postgres_": "the container db_postgres, with dify_compose_image for another version",
+    "redis_": "the container redis, with dify_compose_image for another version",
+    "sandbox_": "the container sandbox",
+}
+
+
+def check_compose(values: Mapping[str, Any], where: Mapping[str, str]) -> list[Problem]:
+    """A site in containers: images can be had, and no setting counts on a part that it has not.
+
+    ``values`` as a host sees them, ``where`` the places of everything that the site sets.
+    """
+    problems = []
+    for name in sorted(where):
+        for prefix, instead in SOURCE_ONLY.items():
+            if name.startswith(prefix):
+                what = f"{name} is set, but dify_mode is compose: what runs there is {instead}."
+                problems.append(Problem(what, where[name], "delete the line, or choose dify_mode: source."))
+    source = values.get("dify_compose_images")
+    needed = {"mirror": ["mirror"], "archive": ["archive", "archive_sha256"]}
+    for kind, names in needed.items():
+        for name in (f"dify_compose_{name}" for name in names):
+            value = str(values.get(name) or "")
+            if source == kind and not value:
+                what = f"dify_compose_images is {kind}, but {name} is empty."
+                remedy = {
+                    "dify_compose_mirror": "set it to the registry's host, and path where there is one.",
+                    "dify_compose_archive": "set it to the path of the archive on the host.",
+                    "dify_compose_archive_sha256": "set it to what the .sha256 file beside the archive says.",
+                }[name]
+                problems.append(Problem(what, where.get("dify_compose_images", name), remedy))
+            elif source != kind and value and name in where:
+                what = f"{name} is set, but dify_compose_images is {source}."
+                problems.append(Problem(what, where[name], f"write dify_compose_images: {kind}, or delete the line."))
+    if "://" in str(values.get("dify_compose_mirror") or ""):
+        what = f"dify_compose_mirror is {values['dify_compose_mirror']}, but image names have no scheme."
+        problems.append(Problem(what, where.get("dify_compose_mirror", ""), "write registry.example.com/path"))
+    project = str(values.get("dify_compose_project") or "")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", project):
+        what = f"dify_compose_project is {_shown(project)}, which Compose does not take."
+        remedy = "use small letters, digits, - and _, with a letter or digit first."
+        problems.append(Problem(what, where.get("dify_compose_project", ""), remedy))
     return problems
 
 

@@ -39,6 +39,14 @@ options:
     type: bool
     default: false
     description: Look for what the agent runtime needs; what is missing is returned as C(agent_runtime_lacks).
+  docker:
+    type: str
+    default: ""
+    description: >-
+      The Compose project's name, where Dify runs in containers or comes from them. The bridge is returned as
+      C(docker_bridge).
+  mode: {type: str, required: true, description: The site's dify_mode.}
+  move: {type: bool, default: false, description: Whether the other mode's data is taken along.}
   stores:
     type: dict
     required: true
@@ -89,7 +97,12 @@ STORES: dict[str, Any] = {
     "vector": {
         "type": "dict",
         "required": True,
-        "options": {"kind": {"type": "str"}, "url": {"type": "str"}, "api_key": {"type": "str", "no_log": True}},
+        "options": {
+            "kind": {"type": "str"},
+            "url": {"type": "str"},
+            "api_key": {"type": "str", "no_log": True},
+            "grpc": {"type": "str"},
+        },
     },
 }
 
@@ -115,6 +128,9 @@ def main() -> None:
             "sandbox": {"type": "dict", "required": True},
             "sources": {"type": "list", "elements": "dict", "required": True},
             "agent_runtime": {"type": "bool", "default": False},
+            "docker": {"type": "str", "default": ""},
+            "mode": {"type": "str", "required": True},
+            "move": {"type": "bool", "default": False},
             "stores": {"type": "dict", "required": True, "options": STORES},
         },
         supports_check_mode=True,
