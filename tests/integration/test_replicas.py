@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -187,11 +188,18 @@ def service(engine: Engine, server_venv: Path) -> Iterator[Replicas]:
 
 def test_one_address_for_both(service: Replicas) -> None:
     assert json.loads(service.get("/v1/models"))["data"][0]["max_model_len"] == 512
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda number: service.ask(f"{number}: what is the capital of France?"), range(16)))
-    assert len(answers) == 16
-    print(f"answered: {service.answered()}")
-    assert min(service.answered()) > 2
+    before = service.answered()
+    asked = itertools.count()
+
+    def both_answer() -> bool:
+        # The router leaves an engine out for some seconds where a busy machine made it miss a health check.
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: service.ask(f"{next(asked)}: what is the capital of France?"), range(16)))
+        counts = [now - then for now, then in zip(service.answered(), before, strict=True)]
+        print(f"answered: {counts}")
+        return min(counts) > 2
+
+    print(f"both engines had answered after {service.settled(both_answer, 60):.0f} s")
 
 
 @pytest.mark.parametrize("key", ["wrong", ""])
