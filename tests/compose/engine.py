@@ -95,10 +95,15 @@ def compose(home: Path) -> str:
     ask = [DOCKER, "--config", str(home / ".docker"), "compose", "version", "--short"]
     installed = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     if not installed:
-        path, version = COMPOSE
-        program = go_programs.build(path, version, "cmd", f"-X {path}/internal.Version={version}")
-        target = home / ".docker/cli-plugins/docker-compose"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(program, target)
-        installed = version
+        install_compose(home)
+        installed = COMPOSE[1]
     return installed
+
+
+def install_compose(home: Path) -> None:
+    """Compose for the user of that home."""
+    path, version = COMPOSE
+    program = go_programs.build(path, version, "cmd", f"-X {path}/internal.Version={version}")
+    target = home / ".docker/cli-plugins/docker-compose"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(program, target)

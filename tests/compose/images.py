@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
 BASE = "kit-test/base:latest"
+MACHINE = "kit-test/machine:latest"
 # What the kit builds Dify's own images on (dify_compose_base_images): the names are the defaults'.
 PYTHON, NODE = "python:3.12-slim-bookworm", "node:22-bookworm-slim"
 # For Python, for the health checks, and what more than one image needs; small, as the sandbox copies its libraries.
@@ -203,6 +204,13 @@ def parts(release: str, cache: Path) -> list[Made]:
         key = digest(identity, recipe.read_text(), options)
         found.append(build(name, key, cache, recipe, "--target", target, *arguments))
     return found
+
+
+def machine() -> Made:
+    """A machine rather than a program: systemd, an SSH server, a Docker engine."""
+    recipe = HERE / "machine.Dockerfile"
+    key = digest(image_id(BASE), recipe.read_text())
+    return build(MACHINE, key, HERE, recipe, "--build-arg", f"BASE={BASE}")
 
 
 def image_id(name: str) -> str:

@@ -17,6 +17,30 @@ from tests.e2e.harness import WORK, Person
 
 SSHD = Path("/usr/sbin/sshd")
 SITE = "remote"
+KEY = "of the kit"
+
+
+def new_key(path: Path) -> Path:
+    """A key pair, in place of one that is there; the public one's file."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+    return path.with_name(f"{path.name}.pub")
+
+
+def write_site(person: Person, address: str, port: int, user: str) -> Path:
+    """The inventory of a site whose one host, `elsewhere`, is reached with the person's key; the site's folder."""
+    host = {
+        "ansible_host": address,
+        "ansible_port": port,
+        "ansible_user": user,
+        "ansible_ssh_private_key_file": f"~/.ssh/{KEY}",
+        "ansible_ssh_common_args": f"-o UserKnownHostsFile={person.home}/.ssh/hosts",
+    }
+    site = person.checkout / "deploy/inventories" / SITE
+    site.mkdir(exist_ok=True)
+    (site / "hosts.yml").write_text(yaml.safe_dump({"kit": {"hosts": {"elsewhere": host}}}))
+    return site
 
 
 @contextlib.contextmanager
@@ -29,15 +53,11 @@ def remote(person: Person) -> Iterator[None]:
         pytest.skip("no SSH server on this machine: apt-get install openssh-server openssh-client")
     keys, folder = person.home / ".ssh", WORK / "sshd"
     shutil.rmtree(folder, ignore_errors=True)
-    for each in (keys, folder):
-        each.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in (folder / "host", keys / "of the kit"):
-        path.unlink(missing_ok=True)
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
-    shutil.copy(keys / "of the kit.pub", keys / "authorized_keys")
+    host_key = new_key(folder / "host")
+    shutil.copy(new_key(keys / KEY), keys / "authorized_keys")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    (keys / "hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+    (keys / "hosts").write_text(f"[127.0.0.1]:{port} {host_key.read_text()}")
     person.own(keys)
     # A user without a password counts as locked.
     subprocess.run(["usermod", "--password", "*", person.name], check=True)
@@ -52,16 +72,8 @@ def remote(person: Person) -> Iterator[None]:
         "AllowUsers": person.name,
     }
     (folder / "config").write_text("".join(f"{name} {value}\n" for name, value in options.items()))
-    host = {
-        "ansible_host": "127.0.0.1",
-        "ansible_port": port,
-        "ansible_user": person.name,
-        "ansible_ssh_private_key_file": "~/.ssh/of the kit",
-        "ansible_ssh_common_args": f"-o UserKnownHostsFile={keys}/hosts",
-    }
-    site = person.checkout / "deploy/inventories" / SITE
+    site = write_site(person, "127.0.0.1", port, person.name)
     shutil.copytree(site.with_name("local") / "group_vars", site / "group_vars", dirs_exist_ok=True)
-    (site / "hosts.yml").write_text(yaml.safe_dump({"kit": {"hosts": {"elsewhere": host}}}))
     person.own(site)
     with (folder / "log").open("w") as log:
         server = subprocess.Popen([str(SSHD), "-D", "-e", "-f", str(folder / "config")], stdout=log, stderr=log)

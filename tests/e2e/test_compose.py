@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests import go_programs
 from tests.compose import images
 from tests.compose.engine import REGISTRY, Lacking, compose, docker, engine
 from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, dify_reachable, say
+from tests.e2e.machine import machine
 from tests.e2e.picture import expect_picture
 from tests.e2e.ssh import expect_as_before
 
@@ -61,6 +63,33 @@ def deployed() -> Iterator[tuple[Person, str]]:
         assert not answer.startswith("error: "), answer
         say(f"{person.name}: the answer is {answer!r}")
         yield person, answer
+
+
+class Archive(NamedTuple):
+    """All images of the site in one file, and its checksum."""
+
+    path: Path
+    sha256: str
+
+    def settings(self, path: Path) -> dict[str, str]:
+        """What a site says that has it at that path."""
+        return {
+            "dify_compose_images": "archive",
+            "dify_compose_archive": str(path),
+            "dify_compose_archive_sha256": self.sha256,
+        }
+
+
+@pytest.fixture(scope="module")
+def archive(deployed: tuple[Person, str]) -> Iterator[Archive]:
+    """What `make images-archive` makes of the site as it is now."""
+    person, _ = deployed
+    made = person.run(f"make images-archive ARGS='--output {person.home}/images.tar'", HOUR, "images-archive")
+    assert made.status == 0, made.tail()
+    path = WORK / "dify-images.tar"
+    shutil.move(person.home / "images.tar", path)
+    yield Archive(path, Path(f"{person.home}/images.tar.sha256").read_text().split()[0])
+    path.unlink()
 
 
 def remove(person: Person) -> None:
@@ -153,7 +182,9 @@ def test_an_api_that_is_made_anew_is_found(deployed: tuple[Person, str]) -> None
     TIMINGS.append(Timing(NAME, "api made anew: same answer", took))
 
 
-def test_from_a_mirror_then_from_an_archive_without_it(deployed: tuple[Person, str]) -> None:
+def test_from_a_mirror_then_from_an_archive_without_it(
+    deployed: tuple[Person, str], request: pytest.FixtureRequest
+) -> None:
     person, answer = deployed
     release = images.names(RELEASE)
     used = {release[name] for name in containers() if name in release}
@@ -169,20 +200,11 @@ def test_from_a_mirror_then_from_an_archive_without_it(deployed: tuple[Person, s
         assert all(image.startswith(f"{address}/dify/") for image in running.splitlines()), running
         assert person.answer() == answer
 
-    archive = WORK / "dify-images.tar"
-    made = person.run(f"make images-archive ARGS='--output {person.home}/images.tar'", HOUR, "images-archive")
-    assert made.status == 0, made.tail()
-    shutil.move(person.home / "images.tar", archive)
-    checksum = Path(f"{person.home}/images.tar.sha256").read_text().split()[0]
-    try:
-        docker("rmi", *sorted(used))
-        person.configure(
-            dify_compose_images="archive", dify_compose_archive=str(archive), dify_compose_archive_sha256=checksum
-        )
-        person.make("deploy", 900, title="deploy from an archive, no registry")
-        assert person.answer() == answer
-    finally:
-        archive.unlink()
+    archive: Archive = request.getfixturevalue("archive")
+    docker("rmi", *sorted(used))
+    person.configure(**archive.settings(archive.path))
+    person.make("deploy", 900, title="deploy from an archive, no registry")
+    assert person.answer() == answer
 
 
 MOVE = 'deploy ARGS="-e dify_move_data=yes"'
@@ -238,8 +260,26 @@ def test_moved_to_source_mode_and_back_with_its_data(deployed: tuple[Person, str
 
 
 def test_a_model_that_sees_is_asked_from_containers(deployed: tuple[Person, str]) -> None:
-    """Last, for its answer is another than that of the tests before."""
+    """Late, for its answer is another than that of the tests before."""
     expect_picture(deployed[0])
+
+
+def test_a_machine_of_its_own_with_systemd(deployed: tuple[Person, str], archive: Archive) -> None:
+    """Deployed over SSH, by a user of its group docker; what runs there comes back with it when it boots."""
+    person, answer = deployed
+    person.make("stop", 300)  # memory for two there is not everywhere
+    settings = {"dify_mode": "compose", **archive.settings(Path("/mnt", archive.path.name))}
+    if verify := person.settings.get("dify_source_verify"):
+        settings["dify_source_verify"] = verify
+    with machine(person, settings, archive.path) as host:
+        host.make("deploy", HOUR)
+        assert host.answer() == answer
+        outcome = host.make("deploy", 600, title="another machine: second deploy, nothing to do")
+        assert outcome.changed == 0, f"the second deploy changed something:\n{outcome.tail()}"
+        assert " passed" in host.make("check", 600).output
+        host.boot()
+        TIMINGS.append(Timing(NAME, "another machine boots: same answer", host.expect_answer(answer, within=900)))
+        assert host.make("deploy", 600, title="another machine: after its boot, nothing to do").changed == 0
 
 
 @contextlib.contextmanager
