@@ -359,7 +359,7 @@ def unpack(source: Source, target: Path) -> str:
     name = source.variable("archive")
     try:
         with open(source.archive, "rb") as stream:
-            found = hashlib.sha256(stream.read()).hexdigest()
+            found = kit_fetch.digest_of(stream).hex()
     except OSError as error:
         raise BuildError(
             f"{source.archive} can't be read: {error.strerror}.\n"

@@ -6,7 +6,6 @@ their progress is seen; the engine is asked by ``docker``. Standard library only
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from ansible.module_utils import kit_build
+    from ansible.module_utils import kit_build, kit_fetch
 except ImportError:  # on the host the files lie side by side, and there is no Ansible
     import kit_build  # type: ignore[import-not-found]
+    import kit_fetch  # type: ignore[import-not-found]
 
 TRIES, PAUSE_SECONDS = 3, 5.0
 # Asking again helps against a network that stutters, not against these.
@@ -129,18 +129,16 @@ def load(archive: Path, sha256: str) -> None:
     Raises:
         ImageError: it is missing, another file, or none that the engine takes.
     """
-    found = hashlib.sha256()
     try:
         with archive.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                found.update(block)
+            found = kit_fetch.digest_of(stream).hex()
     except OSError as error:
         raise ImageError(
             f"{archive} cannot be read: {error.strerror}.\nRemedy: put the archive there (dify_compose_archive)."
         ) from None
-    if found.hexdigest() != sha256.split()[0].lower():
+    if found != sha256.split()[0].lower():
         raise ImageError(
-            f"{archive} has sha256 {found.hexdigest()}; dify_compose_archive_sha256 says {sha256}.\n"
+            f"{archive} has sha256 {found}; dify_compose_archive_sha256 says {sha256}.\n"
             "Remedy: copy the archive again, or correct the checksum if you trust this file."
         )
     done = subprocess.run(["docker", "load", "--quiet", "--input", str(archive)], text=True, stderr=subprocess.PIPE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ansible.module_utils.kit_fetch import digest_of
 
 if TYPE_CHECKING:  # on hosts only the runtime's interpreter has it
     import psycopg
@@ -200,18 +201,16 @@ def prove(archive: Path, sha256: str) -> None:
     :raises PostgresProblem: it is not.
     """
     where = f"{archive} (postgres_archive)"
-    digest = hashlib.sha256()
     try:
         with archive.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            found = digest_of(stream).hex()
     except OSError as error:
         raise PostgresProblem(
             f"{where} cannot be read: {error.strerror}. Remedy: copy it to the host, for the service user to read."
         ) from None
-    if digest.hexdigest() != sha256.lower():
+    if found != sha256.lower():
         raise PostgresProblem(
-            f"{where} has the sha256 {digest.hexdigest()}, not that of postgres_archive_sha256. "
+            f"{where} has the sha256 {found}, not that of postgres_archive_sha256. "
             "Remedy: copy the file anew, or, if it is the right one, correct postgres_archive_sha256."
         )
 
