@@ -18,6 +18,8 @@ WORK = Path(os.environ.get("KIT_COMPOSE_DIR") or "/var/tmp/kit-compose")
 # A newer client without its buildx plugin cannot build upstream's Dockerfiles; Debian's own can.
 DOCKER = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else shutil.which("docker") or "docker"
 COMPOSE = ("github.com/docker/compose/v5", "v5.5.1")
+# 2.24.4 is the oldest that will do, but not every module proxy has it.
+OLDEST_COMPOSE = ("github.com/docker/compose/v2", "v2.24.5")
 REGISTRY = ("github.com/distribution/distribution/v3", "v3.1.2")
 
 
@@ -100,9 +102,9 @@ def compose(home: Path) -> str:
     return installed
 
 
-def install_compose(home: Path) -> None:
-    """Compose for the user of that home."""
-    path, version = COMPOSE
+def install_compose(home: Path, module: tuple[str, str] = COMPOSE) -> None:
+    """Compose for the user of that home, built from its Go module of that version."""
+    path, version = module
     program = go_programs.build(path, version, "cmd", f"-X {path}/internal.Version={version}")
     target = home / ".docker/cli-plugins/docker-compose"
     target.parent.mkdir(parents=True, exist_ok=True)

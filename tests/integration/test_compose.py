@@ -1,4 +1,4 @@
-"""Compose mode's files with upstream's own, as the installed Compose reads them; no engine is needed for that."""
+"""Compose mode's files with upstream's own, as the oldest and the newest Compose read and run them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ ROLE = REPO / "roles/dify_compose"
 CA = "/etc/ssl/certs/ca-certificates.crt"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compose, built where this machine has none."""
+VERSIONS = [parts.OLDEST_COMPOSE, parts.COMPOSE]
+
+
+@pytest.fixture(scope="module", autouse=True, params=VERSIONS, ids=[version for _, version in VERSIONS])
+def compose(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compose of each version, in place of this machine's own."""
     home = tmp_path_factory.mktemp("docker")
+    if not shutil.which(parts.DOCKER):
+        pytest.skip("no Docker client here: apt-get install docker.io")
+    parts.install_compose(home, request.param)
     with pytest.MonkeyPatch.context() as patch:
-        if not parts.docker("compose", "version", check=False):
-            try:
-                parts.compose(home)
-            except parts.Lacking as lacking:
-                pytest.skip(f"docker compose is not installed, and cannot be built: {lacking}")
-            patch.setenv("DOCKER_CONFIG", str(home / ".docker"))
+        patch.setenv("DOCKER_CONFIG", str(home / ".docker"))
+        said = parts.docker("compose", "version", "--short")
+        assert f"v{said.lstrip('v')}" == request.param[1]
         yield
 
 
