@@ -122,9 +122,6 @@ def machine(person: Person, settings: dict[str, Any], *files: Path) -> Iterator[
         found.run("useradd", "--no-create-home", "--shell=/bin/bash", f"--uid={uid}", "--groups=docker", USER)
         found.run("chown", f"{USER}:", *(f"/home/{USER}/{each}" for each in (".", ".cache", ".docker", ".ssh")))
         found.run("chown", "--recursive", f"{USER}:", f"/home/{USER}/.ssh", f"/home/{USER}/.docker")
-        # The image has no keys of a host; the package makes them when it is installed.
-        found.run("ssh-keygen", "-A")
-        found.run("systemctl", "restart", "ssh")
         address = docker("inspect", "--format", "{{.NetworkSettings.IPAddress}}", NAME)
         public = found.run("cat", "/etc/ssh/ssh_host_ed25519_key.pub")
         (person.home / ".ssh/hosts").write_text(f"{address} {public}\n")

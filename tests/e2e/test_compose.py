@@ -96,11 +96,14 @@ def archive(deployed: tuple[Person, str]) -> Iterator[Archive]:
 
 def remove(person: Person) -> None:
     """The containers, what their users have written, and then the person."""
-    person.run('make uninstall ARGS="-e kit_delete_data=yes"', 300, "uninstall")
+    outcome = person.run('make uninstall ARGS="-e kit_delete_data=yes"', 300, "uninstall")
+    left = (person.home / "dify-kit").exists()
     for container in containers().values():
         docker("rm", "--force", container)
     shutil.rmtree(person.home / "dify-kit", ignore_errors=True)
     person.remove()
+    assert not outcome.status, outcome.tail()
+    assert not left, "data is left"
 
 
 def containers() -> dict[str, str]:

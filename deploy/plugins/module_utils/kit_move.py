@@ -243,7 +243,7 @@ def in_container(image: str, script: str, **mounts: tuple[Path, bool]) -> str:
         "run", "--rm", "--network", "none", "--user", "0", "--entrypoint", "sh", *volumes, image, "-c", script
     )
     if done.returncode:
-        raise MoveProblem(f"Files can't be copied: {done.stderr.strip()[-1500:]}")
+        raise MoveProblem(f"A container of {image} that works on files fails: {done.stderr.strip()[-1500:]}")
     return done.stdout
 
 

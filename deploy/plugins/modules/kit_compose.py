@@ -12,7 +12,6 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.kit_compose import ComposeProblem
 from ansible.module_utils.kit_compose_engine import Project
 from ansible.module_utils.kit_files import parse_env
-from ansible.module_utils.kit_images import docker
 from ansible.module_utils.kit_migrate import MigrationProblem, alive, make_signing_key
 from ansible.module_utils.kit_move import MoveProblem
 from ansible.module_utils.kit_report import render
@@ -69,6 +68,7 @@ author: [Dify deployment kit]
 """
 
 DIRECTORY, DATA, COMMAND = "etc/compose", "var/compose", "runtime/bin/kit-compose"
+AWAY = "var/moved/compose-*"
 
 
 def present(module: AnsibleModule) -> list[str]:
@@ -150,32 +150,31 @@ def images(want: dict[str, Any]) -> dict[str, Any]:
 def absent(module: AnsibleModule) -> list[str]:
     """Remove the project's containers, and its data if that is wished; return what was changed."""
     home = Path(module.params["home"])
-    command = home / COMMAND
-    if not (command.exists() and (home / DIRECTORY / ".env").exists()):
-        return []  # no deploy has come so far that it started anything
-    done = []
-    if module.check_mode:
-        return ["all services"]
-    finished = module.run_command([str(command), "down", "--remove-orphans"])
-    if finished[0]:
-        module.fail_json(msg=f"`{command} down` ended with {finished[0]}: {finished[2].strip()}\nRemedy: docker ps")
-    done.append("all services")
-    data = home / DATA
-    if module.params["delete_data"] and data.exists():
-        # Files of the containers' own users: only a container may delete them.
-        delete(module, data)
-        done.append("data")
+    command, done = home / COMMAND, []
+    # Without the two no deploy has come so far that it started anything.
+    if command.exists() and (home / DIRECTORY / ".env").exists():
+        if module.check_mode:
+            return ["all services"]
+        finished = module.run_command([str(command), "down", "--remove-orphans"])
+        if finished[0]:
+            module.fail_json(msg=f"`{command} down` ended with {finished[0]}: {finished[2].strip()}\nRemedy: docker ps")
+        done.append("all services")
+    if module.params["delete_data"] and not module.check_mode:
+        # Also what a move to source mode has put away.
+        for data in [path for path in (home / DATA, *sorted(home.glob(AWAY))) if path.exists()]:
+            delete(module, home, data)
+            done.append(f"data in {data}")
     return done
 
 
-def delete(module: AnsibleModule, data: Path) -> None:
-    """Delete what containers have written, as root in a container of an image that the host has."""
-    spec = json.loads((data.parents[1] / DIRECTORY / "images.json").read_text())
-    mount = ["--volume", f"{data}:/data", "--network", "none", "--user", "0", "--entrypoint", "sh"]
-    finished = docker("run", "--rm", *mount, spec["cleaner"], "-c", "rm -rf /data/* /data/.[!.]*")
-    if finished.returncode:
-        module.fail_json(msg=f"{data} could not be emptied: {finished.stderr.strip()}\nRemedy: as root, rm -r {data}")
-    shutil.rmtree(data)
+def delete(module: AnsibleModule, home: Path, data: Path) -> None:
+    """Delete what containers have written, as root in one of an image that the host has: the files are their users'."""
+    try:
+        image = json.loads((home / DIRECTORY / "images.json").read_text())["cleaner"]
+        kit_move.in_container(image, "find /data -mindepth 1 -maxdepth 1 -exec rm -rf {} +", data=(data, True))
+        shutil.rmtree(data)
+    except (OSError, kit_move.MoveProblem) as problem:
+        module.fail_json(msg=f"{data} could not be deleted: {problem}\nRemedy: as root, rm -r {data}")
 
 
 def main() -> None:
