@@ -271,6 +271,22 @@ def test_engine_and_compose_are_asked(
     assert all(problem.remedy for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("client", "buildx", "problems"), [("20.10.24+dfsg1", 1, 0), ("28.2.2", 1, 1), ("28.2.2", 0, 0), ("v23.0.0", 1, 1)]
+)
+def test_who_builds_images_needs_buildx(client: str, buildx: int, problems: int) -> None:
+    def run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        code, out = {"version": (0, client), "compose": (0, "5.5.1"), "buildx": (buildx, "")}[argv[1]]
+        return subprocess.CompletedProcess(list(argv), code, out, "")
+
+    found = kit_docker.check_engine(run, "kit", builds=True)
+    assert len(found) == problems
+    assert not kit_docker.check_engine(run, "kit")
+    if found:
+        assert client in found[0].what
+        assert "docker-buildx-plugin" in found[0].remedy
+
+
 def test_a_host_without_docker_is_told_so() -> None:
     def run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise FileNotFoundError(argv[0])

@@ -741,6 +741,7 @@ def parameters(home: Path, **changes: Any) -> dict[str, Any]:
         "sources": [],
         "agent_runtime": False,
         "docker": "",
+        "docker_builds": False,
         "mode": "source",
         "move": False,
         "mirrors": NAMED,

@@ -16,8 +16,13 @@ INSTALL = (
 )
 
 
-def check_engine(run: Callable[[Sequence[str]], subprocess.CompletedProcess[str]], user: str) -> list[Problem]:
-    """Whether a usable Engine and Compose are there, asked as the service user; ``run`` runs a command as it."""
+def check_engine(
+    run: Callable[[Sequence[str]], subprocess.CompletedProcess[str]], user: str, builds: bool = False
+) -> list[Problem]:
+    """Whether a usable Engine and Compose are there, asked as the service user; ``run`` runs a command as it.
+
+    ``builds``: whether images are built there.
+    """
     try:
         engine = run(["docker", "version", "--format", "{{.Server.Version}}"])
     except OSError:
@@ -40,4 +45,14 @@ def check_engine(run: Callable[[Sequence[str]], subprocess.CompletedProcess[str]
     elif parse_version(compose.stdout) < COMPOSE:
         what = f"Docker Compose is {compose.stdout.strip()}; the kit's override needs 2.24.4 or later."
         problems.append(Problem(what, "docker compose version", INSTALL + "."))
+    if builds:
+        client = run(["docker", "version", "--format", "{{.Client.Version}}"]).stdout.strip()
+        # Older clients have BuildKit in them.
+        if parse_version(client)[:1] >= (23,) and run(["docker", "buildx", "version"]).returncode:
+            what = f"Docker's client {client} has no buildx plugin, without which it cannot build Dify's images."
+            remedy = (
+                "install docker-buildx-plugin (Debian, Ubuntu: docker-buildx), or have the images otherwise: "
+                "dify_compose_images: pull, mirror or archive."
+            )
+            problems.append(Problem(what, "docker buildx version", remedy))
     return problems

@@ -15,7 +15,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ansible.module_utils.kit_fetch import digest_of
+from .kit_fetch import digest_of
 
 if TYPE_CHECKING:  # on hosts only the runtime's interpreter has it
     import psycopg

@@ -1065,17 +1065,22 @@ def check_mode(findings: Findings, home: str, mode: str, move: bool) -> bool:
     return left_behind
 
 
-def check_docker(findings: Findings, account: Account, environment: Mapping[str, str], project: str) -> dict[str, Any]:
-    """The engine and Compose can be used; return the bridge's address (``bridge``) and the project's own ``ports``."""
+def check_docker(
+    findings: Findings, account: Account, environment: Mapping[str, str], project: str, builds: bool
+) -> dict[str, Any]:
+    """The engine and Compose can be used, for ``builds`` of images too.
+
+    Returns the bridge's address (``bridge``) and the project's own ``ports``.
+    """
     path = environment.get("PATH", os.defpath)
 
     def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        if os.geteuid() == 0 and command[1] != "compose":
+        if os.geteuid() == 0 and command[1] not in ("compose", "buildx"):
             # The deploy puts the service user into the group; what the engine says is the same for root.
             return subprocess.run(list(command), env={"PATH": path}, capture_output=True, text=True, check=False)
         return account.run(command, {"PATH": path, "HOME": account.home})
 
-    problems = check_engine(run, account.name)
+    problems = check_engine(run, account.name, builds)
     findings.problems += problems
     found: dict[str, Any] = {"bridge": "", "ports": set()}
     if problems:
@@ -1133,7 +1138,8 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
         sandbox = pool.submit(check_sandbox, boxed, parameters["sandbox"], account, environment)
 
         project = parameters["docker"]
-        containers = pool.submit(check_docker, engine, account, environment, project) if project else None
+        builds = parameters["docker_builds"]
+        containers = pool.submit(check_docker, engine, account, environment, project, builds) if project else None
 
         libc = (platform.libc_ver()[0], platform.libc_ver()[1])
         check_system(findings, platform.system(), platform.machine(), libc, parameters["machines"], parameters["glibc"])

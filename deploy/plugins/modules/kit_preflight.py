@@ -45,6 +45,7 @@ options:
     description: >-
       The Compose project's name, where Dify runs in containers or comes from them. The bridge is returned as
       C(docker_bridge).
+  docker_builds: {type: bool, default: false, description: Whether images are built there.}
   mode: {type: str, required: true, description: The site's dify_mode.}
   move: {type: bool, default: false, description: Whether the other mode's data is taken along.}
   stores:
@@ -129,6 +130,7 @@ def main() -> None:
             "sources": {"type": "list", "elements": "dict", "required": True},
             "agent_runtime": {"type": "bool", "default": False},
             "docker": {"type": "str", "default": ""},
+            "docker_builds": {"type": "bool", "default": False},
             "mode": {"type": "str", "required": True},
             "move": {"type": "bool", "default": False},
             "stores": {"type": "dict", "required": True, "options": STORES},
