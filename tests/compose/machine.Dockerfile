@@ -7,7 +7,7 @@ RUN apt-get -q update \
     && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_*
 # Its own keys, when it starts for the first time.
 RUN mkdir /etc/systemd/system/ssh.service.d \
-    && printf '[Service]\\nExecStartPre=\\nExecStartPre=/usr/bin/ssh-keygen -A\\nExecStartPre=/usr/sbin/sshd -t\\n' \
+    && printf '[Service]\nExecStartPre=\nExecStartPre=/usr/bin/ssh-keygen -A\nExecStartPre=/usr/sbin/sshd -t\n' \
         >/etc/systemd/system/ssh.service.d/keys.conf
 STOPSIGNAL SIGRTMIN+3
 CMD ["/sbin/init"]
