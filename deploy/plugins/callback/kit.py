@@ -146,9 +146,12 @@ class CallbackModule(CallbackBase):
         details = [str(values[key]).rstrip() for key in ("module_stderr", "stderr", "exception") if values.get(key)]
         if details and (self._display.verbosity or "MODULE FAILURE" in message or "msg" not in values):
             message += "\n" + "\n".join(details)
-        for item in values.get("results") or []:
+        # Of a loop, or of what gathers facts.
+        for item in [*(values.get("results") or []), *(values.get("failed_modules") or {}).values()]:
             if isinstance(item, dict) and item.get("failed"):
                 message += "\n" + str(item.get("msg"))
+        if "module interpreter" in message:
+            message += "\nRemedy: install python3 there, or name one in the inventory: ansible_python_interpreter."
         self._fail(f"{self._host(result)}{self._task(result)}", message)
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
