@@ -103,6 +103,12 @@ def test_unknown_release(site: Site) -> None:
     assert "1.14.2, 1.16.0" in message
 
 
+def test_a_host_without_python(site: Site) -> None:
+    site.settings["ansible_python_interpreter"] = "/no/such/python3"
+    message = refused(site)
+    assert "The module interpreter '/no/such/python3' was not found. Remedy: install python3 there" in message
+
+
 def test_release_with_an_open_advisory(site: Site) -> None:
     site.settings["dify_release"] = "1.14.2"
     message = refused(site)
