@@ -89,6 +89,25 @@ class Outcome(NamedTuple):
         return "\n".join(self.output.splitlines()[-lines:]) + f"\n(all of it: {self.log})"
 
 
+def told(found: dict[str, Any]) -> str:
+    """The answer that the probe brought; an error as text."""
+    return str(found["answer"]) if found["status"] == 200 else f"error: {found['status']} {found['answer']}"
+
+
+def expect_answer(ask: Callable[[], str], answer: str, within: float) -> float:
+    """Asks until that is the answer; the seconds it took.
+
+    Raises:
+        pytest.fail.Exception: not within so many seconds.
+    """
+    begun = time.monotonic()
+    while (found := ask()) != answer:
+        if time.monotonic() - begun > within:
+            pytest.fail(f"after {within:.0f} s the answer is {found!r}, not {answer!r}", pytrace=False)
+        time.sleep(1)
+    return time.monotonic() - begun
+
+
 def family(pid: int) -> list[int]:
     """A process and everything below it that still lives, deepest last."""
     return [found for found in probe.descendants(pid) if Path(f"/proc/{found}").exists()]
@@ -295,7 +314,7 @@ class Person:
         if done.returncode:
             return f"error: {done.stderr.strip().splitlines()[-1]}"
         found = json.loads(done.stdout)
-        return str(found["answer"]) if found["status"] == 200 else f"error: {found['status']} {found['answer']}"
+        return told(found)
 
     def picture_tokens(self) -> dict[str, int]:
         """The prompt's tokens of PICTURE_QUESTION by every way to the model that there is.
@@ -331,12 +350,7 @@ class Person:
         Raises:
             pytest.fail.Exception: not within so many seconds.
         """
-        begun = time.monotonic()
-        while (found := self.answer()) != answer:
-            if time.monotonic() - begun > within:
-                pytest.fail(f"after {within:.0f} s the answer is {found!r}, not {answer!r}", pytrace=False)
-            time.sleep(1)
-        return time.monotonic() - begun
+        return expect_answer(self.answer, answer, within)
 
     def supervised(self) -> dict[str, int]:
         """The process of every running service."""

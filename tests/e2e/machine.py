@@ -16,7 +16,7 @@ import yaml
 
 from tests.compose import images
 from tests.compose.engine import docker, install_compose
-from tests.e2e.harness import QUESTION, Outcome, Person
+from tests.e2e.harness import QUESTION, Outcome, Person, told
 from tests.e2e.ssh import KEY, SITE, new_key, write_site
 from tests.hosts import probe
 
@@ -66,21 +66,12 @@ class Machine:
             found = json.loads(self.run("python3", "-c", Path(probe.__file__).read_text(), "ask", parameters))
         except RuntimeError as error:
             return f"error: {str(error).splitlines()[-1]}"
-        return str(found["answer"]) if found["status"] == 200 else f"error: {found['status']} {found['answer']}"
+        return told(found)
 
     def boot(self) -> None:
         """Everything ends as when it is shut down, and systemd starts again."""
         docker("stop", "--time", "120", NAME)
         docker("start", NAME)
-
-    def expect_answer(self, answer: str, within: float) -> float:
-        """Waits until the question is answered like that; the seconds it took."""
-        begun = time.monotonic()
-        while (found := self.answer()) != answer:
-            if time.monotonic() - begun > within:
-                pytest.fail(f"after {within:.0f} s the answer is {found!r}, not {answer!r}", pytrace=False)
-            time.sleep(1)
-        return time.monotonic() - begun
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import pytest
 from tests import go_programs
 from tests.compose import images
 from tests.compose.engine import REGISTRY, Lacking, compose, docker, engine
-from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, dify_reachable, say
+from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, dify_reachable, expect_answer, say
 from tests.e2e.machine import machine
 from tests.e2e.picture import expect_picture
 from tests.e2e.ssh import expect_as_before
@@ -281,7 +281,9 @@ def test_a_machine_of_its_own_with_systemd(deployed: tuple[Person, str], archive
         assert outcome.changed == 0, f"the second deploy changed something:\n{outcome.tail()}"
         assert " passed" in host.make("check", 600).output
         host.boot()
-        TIMINGS.append(Timing(NAME, "another machine boots: same answer", host.expect_answer(answer, within=900)))
+        TIMINGS.append(
+            Timing(NAME, "another machine boots: same answer", expect_answer(host.answer, answer, within=900))
+        )
         assert host.make("deploy", 600, title="another machine: after its boot, nothing to do").changed == 0
 
 
