@@ -157,6 +157,12 @@ CAUSES = (
         "`nvidia-smi topo -m` shows how they are connected; /dev/shm must have 1 GiB or more free",
     ),
     Cause(
+        r"Failed to import from vllm\._\w+\b[^\n]*?(?P<name>lib[^\s':]+\.so[.\d]*): cannot open shared object file",
+        "the host lacks the library {name}, which the engine's compiled part needs",
+        "let an administrator install the package that has it: `apt-file search` or `dnf provides` tells its name, and "
+        "libnuma.so.1 is in libnuma1 (Debian, Ubuntu) or numactl-libs (Fedora, Rocky)",
+    ),
+    Cause(
         r"VLLM_API_KEY is empty",
         "the service was started without its key",
         "`make deploy`, which writes etc/env/inference.env",

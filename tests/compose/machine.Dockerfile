@@ -2,7 +2,7 @@
 ARG BASE
 FROM ${BASE}
 RUN apt-get -q update \
-    && apt-get -q install -y --no-install-recommends dbus docker.io git iproute2 iptables libpam-systemd make \
+    && apt-get -q install -y --no-install-recommends dbus docker.io git iproute2 iptables libnuma1 libpam-systemd make \
         openssh-server procps python3 systemd-sysv xz-utils \
     && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_*
 # Its own keys, when it starts for the first time.

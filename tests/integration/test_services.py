@@ -259,7 +259,11 @@ def test_stop_ends_orphans_of_a_killed_service(web: Web) -> None:
 
 
 def test_a_service_that_keeps_dying_fails_fast_with_its_last_words(web: Web) -> None:
-    script = "import os, sys; sys.exit('cannot open the vault with ' + os.environ['PASSWORD'])"
+    """And with the error that they follow from, however much came between."""
+    script = (
+        "import os, sys; print('VaultError: sealed by ' + os.environ['PASSWORD'], *range(50), sep='\\n', flush=True); "
+        "sys.exit('cannot open the vault with ' + os.environ['PASSWORD'])"
+    )
     web.service()
     (web.home.root / "etc/env/web.env").write_text(render_env({"PASSWORD": "s3cret-value"}))
     bad = web.service(command=(str(web.home.python), "-c", script), ready_seconds=120)
@@ -269,6 +273,7 @@ def test_a_service_that_keeps_dying_fails_fast_with_its_last_words(web: Web) -> 
     assert time.monotonic() - begun < 30
     message = str(caught.value)
     assert "The service web keeps dying" in message
+    assert "Its first error there:\n  | VaultError: sealed by (not shown)\n" in message
     assert "| cannot open the vault with (not shown)" in message
     assert str(web.home.root / "var/log/web.log") in message
     assert "Remedy: " in message

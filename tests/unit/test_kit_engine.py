@@ -93,6 +93,7 @@ def test_locks_hold_the_version_that_their_input_names() -> None:
         ),
         (KIMI, A100.replace("580.65", "550.54"), r"driver is 550\.54"),
         (KIMI, A100.replace("compiler", ""), r"neither gcc nor clang"),
+        (SMALL, "compiler\nwithout libnuma.so.1\n", r"no libnuma\.so\.1, which vLLM's CPU build needs"),
         (KIMI, "NVIDIA-SMI has failed\ndriver 9\n", r"nvidia-smi ended with 9: NVIDIA-SMI has failed"),
     ],
 )
@@ -108,6 +109,10 @@ def test_no_gpu_is_used_that_the_site_does_not_want() -> None:
         kit_engine.choice(SMALL, SETTINGS | {"hardware": "cuda"}, "compiler\n")
 
 
+def test_a_library_of_the_processors_build_is_not_asked_of_a_gpu_host() -> None:
+    assert kit_engine.choice(KIMI, SETTINGS, f"{A100}without libnuma.so.1\n")[0]["hardware"] == "cuda"
+
+
 def test_a_model_for_processors_leaves_the_gpu_alone() -> None:
     chosen, notices = kit_engine.choice(catalog.load("tiny-kimi-vl"), SETTINGS, A100)
     assert chosen["lock"] == "cpu"
@@ -121,5 +126,7 @@ def test_the_look_is_a_command_that_a_shell_understands(tmp_path: Path) -> None:
     for path, there in ((f"{tmp_path}:/usr/bin:/bin", True), ("/usr/bin:/bin", False)):
         done = subprocess.run(["/bin/sh", "-c", kit_engine.LOOK], env={"PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        gpus, _ = kit_engine.looked(done.stdout)
-        assert (gpus is not None) == there
+        seen = kit_engine.looked(done.stdout)
+        assert (seen.gpus is not None) == there
+        listed = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
+        assert seen.numa == (kit_engine.NUMA in listed)

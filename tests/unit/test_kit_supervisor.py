@@ -18,6 +18,7 @@ from ansible.module_utils.kit_supervisor import (
     check_ready,
     explain,
     fingerprint,
+    first_error,
     log_tail,
     program_conf,
     secrets_of,
@@ -77,6 +78,20 @@ def test_log_tail_starts_where_this_start_began(tmp_path: Path) -> None:
     assert log_tail(log, start) == [f"new {number}" for number in range(10, 30)]
     log.write_text("rotated\n")
     assert log_tail(log, 10_000) == ["rotated"]
+
+
+def test_the_first_error_is_found_where_it_speaks(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    assert first_error(log) == ""
+    log.write_text("OSError: of the start before\n")
+    start = log.stat().st_size
+    assert first_error(log, start) == ""
+    with log.open("a") as file:
+        file.write("no error so far\nTraceback (most recent call last):\n    raise ValueError('x is 1')\n")
+        file.write("WARNING Failed to import from _C: ImportError('libs3cret.so.1: no such file')\nlib.Error: later\n")
+        file.write("follows\n" * 5000)
+    found = first_error(log, start, ("s3cret",))
+    assert found == "WARNING Failed to import from _C: ImportError('lib(not shown).so.1: no such file')"
 
 
 def test_log_tail_hides_the_env_files_secrets(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
@@ -29,23 +29,33 @@ COMPILERS = ("gcc", "clang")
 SMALL = 1.0
 # In place of a small one, the first that the host's GPUs can take.
 PROPOSED = ("kimi-vl-a3b-instruct", "qwen3-vl-8b", "qwen3-vl-4b")
+# A C library that vLLM's CPU build is linked to, and that no wheel brings. A system without ldconfig doesn't tell.
+NUMA = "libnuma.so.1"
 LOOK = (
     f"if command -v {hardware.QUERY[0]} >/dev/null; then {shlex.join(hardware.QUERY)}; echo driver $?; fi; "
-    f"for name in {' '.join(COMPILERS)}; do command -v $name >/dev/null && echo compiler; done; true"
+    f"for name in {' '.join(COMPILERS)}; do command -v $name >/dev/null && echo compiler; done; "
+    f"case $(/sbin/ldconfig -p 2>/dev/null) in ''|*{NUMA}*) ;; *) echo without {NUMA};; esac"
 )
 
 
-def looked(output: str) -> tuple[hardware.Gpus | None, bool]:
-    """The GPUs and whether there is a C compiler, from what `LOOK` has printed.
+class Seen(NamedTuple):
+    """What a host has: GPUs, a C compiler, and the library `NUMA`."""
+
+    gpus: hardware.Gpus | None
+    compiler: bool
+    numa: bool
+
+
+def looked(output: str, gpus: bool = True) -> Seen:
+    """What `LOOK` has printed; without ``gpus``, theirs is not read.
 
     Raises:
         Problem: there is a driver, but it doesn't work.
     """
-    before, driver, after = output.partition("driver ")
-    if not driver:
-        return None, "compiler" in output
-    status, _, rest = after.partition("\n")
-    return hardware.seen(int(status), before), "compiler" in rest
+    before, driver, after = output.rpartition("driver ")
+    status, _, rest = after.partition("\n") if driver else ("", "", output)
+    found = hardware.seen(int(status), before) if driver and gpus else None
+    return Seen(found, "compiler" in rest, f"without {NUMA}" not in rest)
 
 
 def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tuple[dict[str, Any], list[str]]:
@@ -55,11 +65,16 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
         Problem: it cannot serve the model; says what would.
     """
     wish = str(settings["hardware"])
-    gpus, compiler = looked(output) if wish != "cpu" else (None, False)
+    gpus, compiler, numa = looked(output, gpus=wish != "cpu")
     used = hardware.choose(gpus, wish, model.engines)
     notices = [better] if (better := proposal(model, settings, gpus)) else []
     if used is None:
         engine = model.engine("cpu")
+        if not numa:
+            raise Problem(
+                f"The host has no {NUMA}, which vLLM's CPU build needs. Remedy: let an administrator install it "
+                "(`apt-get install libnuma1`, `dnf install numactl-libs`), or set inference_endpoint: external."
+            )
         if gpus and wish == "auto":
             notices.append(f"{model.id} runs on processors only; the host's {gpus.card.title} is not used.")
         return {"hardware": "cpu", "lock": "cpu", "dtype": str(settings["dtype"]) or engine.dtype}, notices
@@ -141,7 +156,7 @@ class ActionModule(ActionBase):
         settings = dict(self._task.args)
         try:
             model = catalog.load(str(settings["model"]))
-            output = self._low_level_execute_command(LOOK)["stdout"] if settings["hardware"] != "cpu" else ""
+            output = self._low_level_execute_command(LOOK)["stdout"]
             chosen, notices = choice(model, settings, str(output))
         except Problem as problem:
             raise AnsibleActionFail(str(problem)) from None

@@ -30,6 +30,8 @@ POLL_SECONDS = 0.05
 # A service that has died this often since we started it will not come up by waiting longer.
 MAX_DEATHS = 3
 ALIVE = ("RUNNING", "STARTING", "BACKOFF", "STOPPING")
+# How an error speaks that ends a program in Python, Node, Go or PostgreSQL; a traceback's source lines are not it.
+_ERROR = re.compile(r"(?<!raise )\b[\w.]*(?:Error|Exception)(?:: |\(['\"])|\b(?:panic|FATAL|fatal error): ")
 _SECRET_NAME = re.compile(r"PASS|SECRET|KEY|TOKEN|CREDENTIAL|URL|URI|DSN")
 
 
@@ -447,7 +449,8 @@ def explain(service: Service, home: Path, log_start: int) -> list[str]:
 
 def _unready(service: Service, home: Path, log_start: int, why: str) -> ServiceProblem:
     log = log_path(home, service.name)
-    lines = log_tail(log, log_start, secrets_of(home / service.env_file) if service.env_file else ())
+    secrets = secrets_of(home / service.env_file) if service.env_file else ()
+    lines = log_tail(log, log_start, secrets)
     remedy = "mend what the log names, then run the same command again"
     if any("address already in use" in line.lower() for line in lines):
         remedy = "another program holds its port (ss -ltnp shows which): stop that one or choose another port"
@@ -456,8 +459,11 @@ def _unready(service: Service, home: Path, log_start: int, why: str) -> ServiceP
     if cause := explain(service, home, log_start):
         why, remedy = f"{why}: {cause[0]}", cause[1]
     shown = "".join(f"\n  | {line}" for line in lines) or "\n  | (it wrote nothing)"
+    # What follows from an error can be longer than what is shown, and hides it.
+    first = first_error(log, log_start, secrets)
+    begun = f"\nIts first error there:\n  | {first}" if first and first not in lines else ""
     return ServiceProblem(
-        f"The service {service.name} {why}.\nThe last lines of {log}:{shown}\n"
+        f"The service {service.name} {why}.{begun}\nThe last lines of {log}:{shown}\n"
         f"Remedy: {remedy}. More: {home}/runtime/bin/kitctl logs {service.name}"
     )
 
@@ -473,9 +479,19 @@ def secrets_of(env_file: Path) -> tuple[str, ...]:
 def log_tail(log: Path, start: int = 0, secrets: Iterable[str] = (), lines: int = 20) -> list[str]:
     """The last lines that were written after the byte `start`; from the beginning where the log was rotated since."""
     text = _log_text(log, start, 20_000)
+    return [_shown(line, secrets) for line in text.splitlines() if line.strip()][-lines:]
+
+
+def first_error(log: Path, start: int = 0, secrets: Iterable[str] = ()) -> str:
+    """The first line after the byte `start` in which an error speaks; blank where none does."""
+    lines = _log_text(log, start, 1_000_000).splitlines()
+    return next((_shown(line, secrets) for line in lines if _ERROR.search(line)), "")
+
+
+def _shown(line: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
-        text = text.replace(secret, "(not shown)")
-    return [line[:400] for line in text.splitlines() if line.strip()][-lines:]
+        line = line.replace(secret, "(not shown)")
+    return line[:400]
 
 
 def _log_text(log: Path, start: int, size: int) -> str:
