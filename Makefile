@@ -78,7 +78,7 @@ inference-lock: venv  ## rewrite the model engines' locks from inference/locks/*
 
 test: lint unit integration  ## the kit's own tests; the end-to-end ones need root, all of them about an hour
 	@$(MAKE) --no-print-directory e2e ARGS='-m "not long"'
-	@echo 'Left out, for the hour and a half that they take: deploys killed at ten places, by root, in containers, with all parts elsewhere. `make e2e` runs them too.'
+	@echo 'Left out, for the hour and a half that they take: deploys killed at ten places, by root, with all parts elsewhere, most of what is in containers. `make e2e` runs them too.'
 
 lint: venv-dev  ## style, types, playbooks, shell
 	@.venv/bin/ruff check .

@@ -15,11 +15,12 @@ from tests import go_programs
 
 # Everything large lies here and outlives a run: the engine's images.
 WORK = Path(os.environ.get("KIT_COMPOSE_DIR") or "/var/tmp/kit-compose")
-# A newer client without its buildx plugin cannot build upstream's Dockerfiles; Debian's own can.
+# A newer client may lack its buildx plugin, without which it builds nothing; Debian's own has no need of it.
 DOCKER = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else shutil.which("docker") or "docker"
 COMPOSE = ("github.com/docker/compose/v5", "v5.5.1")
 # 2.24.4 is the oldest that will do, but not every module proxy has it.
 OLDEST_COMPOSE = ("github.com/docker/compose/v2", "v2.24.5")
+BUILDX = ("github.com/docker/buildx", "v0.38.2")
 REGISTRY = ("github.com/distribution/distribution/v3", "v3.1.2")
 
 
@@ -102,10 +103,28 @@ def compose(home: Path) -> str:
     return installed
 
 
+def buildx(home: Path) -> str:
+    """What builds images for the user of that home, a plugin unless the client needs none or has one; its version."""
+    client = shutil.which("docker") or DOCKER
+    version = subprocess.run([client, "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
+    if int(version.split(".")[0]) < 23:
+        return f"Docker {version} itself"
+    ask = [client, "--config", str(home / ".docker"), "buildx", "version"]
+    if found := subprocess.run(ask, capture_output=True, text=True).stdout.strip():
+        return found
+    install_plugin(home, "docker-buildx", BUILDX, "cmd/buildx", "version.Version")
+    return f"buildx {BUILDX[1]}"
+
+
 def install_compose(home: Path, module: tuple[str, str] = COMPOSE) -> None:
     """Compose for the user of that home, built from its Go module of that version."""
+    install_plugin(home, "docker-compose", module, "cmd", "internal.Version")
+
+
+def install_plugin(home: Path, name: str, module: tuple[str, str], package: str, variable: str) -> None:
+    """A plugin of Docker's client, built from a package of its Go module; the variable there is its version."""
     path, version = module
-    program = go_programs.build(path, version, "cmd", f"-X {path}/internal.Version={version}")
-    target = home / ".docker/cli-plugins/docker-compose"
+    program = go_programs.build(path, version, package, f"-X {path}/{variable}={version}")
+    target = home / ".docker/cli-plugins" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(program, target)

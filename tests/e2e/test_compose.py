@@ -20,14 +20,12 @@ import pytest
 
 from tests import go_programs
 from tests.compose import images
-from tests.compose.engine import REGISTRY, Lacking, compose, docker, engine
+from tests.compose.engine import REGISTRY, Lacking, buildx, compose, docker, engine
 from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, dify_reachable, expect_answer, say
 from tests.e2e.machine import machine
 from tests.e2e.picture import expect_picture
 from tests.e2e.ssh import expect_as_before
 
-# Half an hour and more, which `make test` has not: it tests the parts, in tests/integration.
-pytestmark = pytest.mark.long
 HOUR = 3600
 NAME = "kit-e2e-compose"
 # Neither of them comes back: one has done its work, the other is run by nobody at a deploy's end.
@@ -51,10 +49,7 @@ def deployed() -> Iterator[tuple[Person, str]]:
         person = Person(NAME, settings=settings)
         stack.callback(remove, person)
         subprocess.run(["usermod", "--append", "--groups", "docker", NAME], check=True)
-        try:
-            say(f"engine {version}, Compose {compose(person.home)}")
-        except Lacking as lacking:
-            pytest.skip(f"{lacking}")
+        say(f"engine {version}, Compose {compose(person.home)}, builds by {buildx(person.home)}")
         person.own(person.home)
         person.lend_cache()
         person.make("deploy", HOUR, title="first deploy, images by build")
@@ -131,6 +126,7 @@ def test_checks_pass(deployed: tuple[Person, str]) -> None:
     assert " passed" in person.make("check", 600).output
 
 
+@pytest.mark.long
 def test_a_host_over_ssh_is_the_same(deployed: tuple[Person, str]) -> None:
     expect_as_before(*deployed)
 
@@ -147,6 +143,7 @@ def test_an_image_that_is_missing_is_named_with_its_remedies(deployed: tuple[Per
     person.configure()
 
 
+@pytest.mark.long
 def test_stopped_and_started_again_data_is_there(deployed: tuple[Person, str]) -> None:
     """Down, which removes containers and networks, and a deploy."""
     person, answer = deployed
@@ -159,6 +156,7 @@ def test_stopped_and_started_again_data_is_there(deployed: tuple[Person, str]) -
     assert person.answer() == answer
 
 
+@pytest.mark.long
 def test_killed_containers_come_back(deployed: tuple[Person, str]) -> None:
     """All at once; that each is needed for the answer, only a workflow of everything shows."""
     person, answer = deployed
@@ -174,6 +172,7 @@ def test_killed_containers_come_back(deployed: tuple[Person, str]) -> None:
     TIMINGS.append(Timing(NAME, "all containers killed: same answer", time.monotonic() - begun))
 
 
+@pytest.mark.long
 def test_an_api_that_is_made_anew_is_found(deployed: tuple[Person, str]) -> None:
     """Its address in the containers' network is another one then, and a gateway that asks the old one says 502."""
     person, answer = deployed
@@ -185,6 +184,7 @@ def test_an_api_that_is_made_anew_is_found(deployed: tuple[Person, str]) -> None
     TIMINGS.append(Timing(NAME, "api made anew: same answer", took))
 
 
+@pytest.mark.long
 def test_from_a_mirror_then_from_an_archive_without_it(
     deployed: tuple[Person, str], request: pytest.FixtureRequest
 ) -> None:
@@ -213,6 +213,7 @@ def test_from_a_mirror_then_from_an_archive_without_it(
 MOVE = 'deploy ARGS="-e dify_move_data=yes"'
 
 
+@pytest.mark.long
 def test_a_move_that_is_killed_leaves_what_was(deployed: tuple[Person, str]) -> None:
     """While it copies: the containers are the site's as before, and the next move begins again."""
     person, answer = deployed
@@ -229,6 +230,7 @@ def test_a_move_that_is_killed_leaves_what_was(deployed: tuple[Person, str]) -> 
     assert person.make("deploy", 600, title="after a killed move, nothing to do").changed == 0
 
 
+@pytest.mark.long
 def test_moved_to_source_mode_and_back_with_its_data(deployed: tuple[Person, str]) -> None:
     person, answer = deployed
     home = Path(person.facts["kit_home"])
@@ -267,6 +269,7 @@ def test_a_model_that_sees_is_asked_from_containers(deployed: tuple[Person, str]
     expect_picture(deployed[0])
 
 
+@pytest.mark.long
 def test_a_machine_of_its_own_with_systemd(deployed: tuple[Person, str], archive: Archive) -> None:
     """Deployed over SSH, by a user of its group docker; what runs there comes back with it when it boots."""
     person, answer = deployed
