@@ -42,12 +42,12 @@ def compose(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def render(target: Path, values: dict[str, Any]) -> None:
-    """The role's override, as Ansible writes it."""
+    """The kit's override, as Ansible writes it."""
     play = {
         "hosts": "localhost",
         "gather_facts": False,
         "vars_files": [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")],
-        "tasks": [{"ansible.builtin.template": {"src": str(ROLE / "templates/override.yaml.j2"), "dest": str(target)}}],
+        "tasks": [{"ansible.builtin.template": {"src": str(REPO / "compose/override.yaml.j2"), "dest": str(target)}}],
     }
     book, extra = target.with_name("play.json"), target.with_name("values.json")
     book.write_text(json.dumps([play]))

@@ -377,7 +377,7 @@ def _check_mounts(
         shipped = release in source.parents and source.exists() and mount.get("read_only")
         if not (ours or shipped or source in allowed):
             what = f"{mount['target']} would be {source}, which is outside the data folder {data}."
-            problems.append(Problem(what, where, "the override must give that mount a place (override.yaml.j2)."))
+            problems.append(Problem(what, where, "compose/override.yaml.j2 must give that mount a place."))
     return problems
 
 
