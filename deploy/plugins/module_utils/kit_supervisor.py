@@ -361,7 +361,8 @@ def await_ready(service: Service, home: Path, log_start: int = 0) -> float:
         deaths = len(pids) - (1 if info["pid"] else 0)
         waited = time.monotonic() - begun
         if info["statename"] == "FATAL" or deaths >= MAX_DEATHS:
-            why = f"keeps dying right after its start ({info['spawnerr'] or info['description']})"
+            said = info["spawnerr"] or info["description"]  # both are blank between two starts
+            why = f"keeps dying right after its start{f' ({said})' if said else ''}"
             raise _unready(service, home, log_start, why)
         if deaths > looked_at:
             # A cause that has a name does not go away by trying again, and a start may take minutes.
