@@ -30,8 +30,8 @@ POLL_SECONDS = 0.05
 # A service that has died this often since we started it will not come up by waiting longer.
 MAX_DEATHS = 3
 ALIVE = ("RUNNING", "STARTING", "BACKOFF", "STOPPING")
-# How an error speaks that ends a program in Python, Node, Go or PostgreSQL; a traceback's source lines are not it.
-_ERROR = re.compile(r"(?<!raise )\b[\w.]*(?:Error|Exception)(?:: |\(['\"])|\b(?:panic|FATAL|fatal error): ")
+# How an error begins that ends a program in Python, Node, Go or PostgreSQL, after what a log puts before each line.
+_ERROR = re.compile(r"(?:^|[])] |ERROR )[\w.]*(?:Error|Exception): |\b(?:panic|FATAL|fatal error): ")
 _SECRET_NAME = re.compile(r"PASS|SECRET|KEY|TOKEN|CREDENTIAL|URL|URI|DSN")
 
 
