@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from inference.hardware import MORE_SHM
+
 # What `serve` prints before it becomes the engine: where a start begins in a log of many.
 START = "kit: starting "
 
@@ -68,6 +70,11 @@ CAUSES = (
         r"less than desired CPU",
         "only {free} of the host's {total} GiB of memory are free",
         "stop other programs, or set inference_kv_cache_gib",
+    ),
+    Cause(
+        r"Insufficient space in /dev/shm for [^:\n]*: (?P<needed>\d+) MiB required, (?P<free>\d+) MiB free",
+        "the engine's processes need {needed} MiB of /dev/shm, and {free} MiB are free",
+        MORE_SHM,
     ),
     Cause(
         # "None" is vLLM's haste: it looks before the system has noted the signal. An error of its own stands before it.

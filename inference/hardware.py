@@ -17,6 +17,11 @@ QUERY = (
     "--query-gpu=driver_version,index,name,memory.total,memory.reserved,compute_cap",
     "--format=csv,noheader,nounits",
 )
+# /dev/shm, which the processes of an engine share.
+MORE_SHM = (
+    "of a container, --shm-size=1g (Kubernetes: an emptyDir with medium: Memory, mounted there); of a machine, as root, "
+    "`mount -o remount,size=1g /dev/shm`"
+)
 NO_GPU = "no NVIDIA GPU (nvidia-smi not found)"
 # All engines that the kit locks are built for CUDA 13, whose first driver this was.
 LEAST_DRIVER = 580

@@ -32,6 +32,8 @@ CAPABILITIES = (
 OPTIONS = (
     *("--security-opt=apparmor=unconfined", "--security-opt=seccomp=unconfined"),
     *("--security-opt=systempaths=unconfined", "--device-cgroup-rule=a *:* rwm", "--cgroupns=host"),
+    # A machine's is half of its memory.
+    "--shm-size=1g",
     *("--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp:exec"),
 )
 

@@ -26,6 +26,7 @@ ON_PROCESSORS = {
     "weights-damaged": (r"a file of weights is damaged", "make deploy"),
     "weights-of-another-model": (r"another model's than config\.json describes", "make deploy"),
     "architecture-unknown": (r"doesn't have the model's architecture \('NoSuchForCausalLM'\)", "another model"),
+    "shared-memory-short": (r"need 160 MiB of /dev/shm, and 63 MiB are free", "--shm-size=1g"),
     "library-missing": (r"lacks the library libnuma\.so\.1, which", "libnuma1 (Debian"),
     "process-killed": (r"was killed \(signal 9\), as the kernel does when the host's memory is short", "dmesg"),
     "step-too-slow": (r"a step of the model was not done in the five minutes", "top"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def test_locks_hold_the_version_that_their_input_names() -> None:
         (KIMI, A100.replace("580.65", "550.54"), r"driver is 550\.54"),
         (KIMI, A100.replace("compiler", ""), r"neither gcc nor clang"),
         (SMALL, "compiler\nwithout libnuma.so.1\n", r"no libnuma\.so\.1, which vLLM's CPU build needs"),
+        (SMALL, "compiler\nshm 65536\n", r"/dev/shm has 64 MiB"),
         (KIMI, "NVIDIA-SMI has failed\ndriver 9\n", r"nvidia-smi ended with 9: NVIDIA-SMI has failed"),
     ],
 )
@@ -109,8 +111,16 @@ def test_no_gpu_is_used_that_the_site_does_not_want() -> None:
         kit_engine.choice(SMALL, SETTINGS | {"hardware": "cuda"}, "compiler\n")
 
 
-def test_a_library_of_the_processors_build_is_not_asked_of_a_gpu_host() -> None:
-    assert kit_engine.choice(KIMI, SETTINGS, f"{A100}without libnuma.so.1\n")[0]["hardware"] == "cuda"
+def test_a_gpu_host_is_not_asked_for_what_processors_need() -> None:
+    chosen, _ = kit_engine.choice(KIMI, SETTINGS, f"{A100}without libnuma.so.1\nshm 65536\n")
+    assert chosen["hardware"] == "cuda"
+
+
+def test_an_engine_on_several_gpus_needs_shared_memory() -> None:
+    two = "".join(f"580.65.06, {index}, NVIDIA A10, 23028, 500, 8.6\n" for index in range(2)) + "driver 0\ncompiler\n"
+    assert kit_engine.choice(KIMI, SETTINGS, f"{two}shm 1048576\n")[0]["hardware"] == "cuda"
+    with pytest.raises(Problem, match=r"/dev/shm has 64 MiB.*--shm-size=1g"):
+        kit_engine.choice(KIMI, SETTINGS, f"{two}shm 65536\n")
 
 
 def test_a_model_for_processors_leaves_the_gpu_alone() -> None:
@@ -130,3 +140,4 @@ def test_the_look_is_a_command_that_a_shell_understands(tmp_path: Path) -> None:
         assert (seen.gpus is not None) == there
         listed = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
         assert seen.numa == (kit_engine.NUMA in listed)
+        assert seen.shm == shutil.disk_usage("/dev/shm").total // 1024**2

@@ -6,6 +6,7 @@ the service starts; that plan is the same, because nothing goes into it but the 
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -31,19 +32,24 @@ SMALL = 1.0
 PROPOSED = ("kimi-vl-a3b-instruct", "qwen3-vl-8b", "qwen3-vl-4b")
 # A C library that vLLM's CPU build is linked to, and that no wheel brings. A system without ldconfig doesn't tell.
 NUMA = "libnuma.so.1"
+# MiB that vLLM asks of /dev/shm for a queue between its processes (24 MiB by 10, v1/executor/multiproc_executor.py) and
+# a little more; Docker gives its containers 64.
+SHM = 256
 LOOK = (
     f"if command -v {hardware.QUERY[0]} >/dev/null; then {shlex.join(hardware.QUERY)}; echo driver $?; fi; "
     f"for name in {' '.join(COMPILERS)}; do command -v $name >/dev/null && echo compiler; done; "
-    f"case $(/sbin/ldconfig -p 2>/dev/null) in ''|*{NUMA}*) ;; *) echo without {NUMA};; esac"
+    f"case $(/sbin/ldconfig -p 2>/dev/null) in ''|*{NUMA}*) ;; *) echo without {NUMA};; esac; "
+    "df -Pk /dev/shm 2>/dev/null | { read -r _; read -r _ size _ && echo shm $size; }; true"
 )
 
 
 class Seen(NamedTuple):
-    """What a host has: GPUs, a C compiler, and the library `NUMA`."""
+    """What a host has: GPUs, a C compiler, the library `NUMA`, and MiB of /dev/shm, None where it doesn't tell."""
 
     gpus: hardware.Gpus | None
     compiler: bool
     numa: bool
+    shm: int | None
 
 
 def looked(output: str, gpus: bool = True) -> Seen:
@@ -55,7 +61,8 @@ def looked(output: str, gpus: bool = True) -> Seen:
     before, driver, after = output.rpartition("driver ")
     status, _, rest = after.partition("\n") if driver else ("", "", output)
     found = hardware.seen(int(status), before) if driver and gpus else None
-    return Seen(found, "compiler" in rest, f"without {NUMA}" not in rest)
+    size = re.search(r"^shm (\d+)$", rest, re.M)
+    return Seen(found, "compiler" in rest, f"without {NUMA}" not in rest, int(size[1]) // 1024 if size else None)
 
 
 def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tuple[dict[str, Any], list[str]]:
@@ -65,7 +72,7 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
         Problem: it cannot serve the model; says what would.
     """
     wish = str(settings["hardware"])
-    gpus, compiler, numa = looked(output, gpus=wish != "cpu")
+    gpus, compiler, numa, shm = looked(output, gpus=wish != "cpu")
     used = hardware.choose(gpus, wish, model.engines)
     notices = [better] if (better := proposal(model, settings, gpus)) else []
     if used is None:
@@ -75,6 +82,7 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
                 f"The host has no {NUMA}, which vLLM's CPU build needs. Remedy: let an administrator install it "
                 "(`apt-get install libnuma1`, `dnf install numactl-libs`), or set inference_endpoint: external."
             )
+        check_shm(shm)
         if gpus and wish == "auto":
             notices.append(f"{model.id} runs on processors only; the host's {gpus.card.title} is not used.")
         return {"hardware": "cpu", "lock": "cpu", "dtype": str(settings["dtype"]) or engine.dtype}, notices
@@ -84,6 +92,8 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
             "when they are first used. Remedy: install gcc on the host, or set inference_hardware: cpu."
         )
     plan = planned(model, settings, used)
+    if plan.tensor_parallel > 1:
+        check_shm(shm)
     version = model.engine("cuda").version
     lock = f"cuda-{version}" if version else "cuda"
     if not (LOCKS / f"{lock}.txt").is_file():
@@ -94,6 +104,18 @@ def choice(model: catalog.Model, settings: Mapping[str, Any], output: str) -> tu
     notices += [*plan.notes, described(plan)]
     notices += [f"Not used beside it: {unused}." for unused in used.unused]
     return {"hardware": "cuda", "lock": lock, "dtype": plan.dtype}, notices
+
+
+def check_shm(size: int | None) -> None:
+    """An engine of several processes passes its work through shared memory; ``size`` is what there is, MiB.
+
+    Raises:
+        Problem: that is too little.
+    """
+    if size is not None and size < SHM:
+        raise Problem(
+            f"The host's /dev/shm has {size} MiB, and the engine's processes need {SHM}. Remedy: {hardware.MORE_SHM}."
+        )
 
 
 def planned(model: catalog.Model, settings: Mapping[str, Any], gpus: hardware.Gpus) -> Plan:
