@@ -19,8 +19,8 @@ QUERY = (
 )
 # /dev/shm, which the processes of an engine share.
 MORE_SHM = (
-    "of a container, --shm-size=1g (Kubernetes: an emptyDir with medium: Memory, mounted there); of a machine, as root, "
-    "`mount -o remount,size=1g /dev/shm`"
+    "of a container, --shm-size=1g (Kubernetes: an emptyDir with medium: Memory, mounted there); of a machine, "
+    "as root, `mount -o remount,size=1g /dev/shm`"
 )
 NO_GPU = "no NVIDIA GPU (nvidia-smi not found)"
 # All engines that the kit locks are built for CUDA 13, whose first driver this was.
