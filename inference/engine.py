@@ -121,7 +121,7 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
             cores=sorted(os.sched_getaffinity(0)),
             tensor_parallel=_gpus_here(settings),
         ),
-        **(scale.environment(settings.node) if settings.node else {}),
+        **scale.environment(settings.node),
     }
 
 

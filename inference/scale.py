@@ -249,8 +249,13 @@ def arguments(node: Node) -> list[str]:
     ]
 
 
-def environment(node: Node) -> dict[str, str]:
-    """Without these, vLLM, Gloo and NCCL each guess which address of the host the others can reach."""
+def environment(node: Node | None) -> dict[str, str]:
+    """Where the engine's processes meet: vLLM, Gloo and NCCL would each guess an address of the host, and listen there.
+
+    What speaks only within a host does so on loopback, where nobody else hears it: Gloo and NCCL ask for no key.
+    """
+    if node is None:
+        return {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {
         "VLLM_HOST_IP": node.address,
         "GLOO_SOCKET_IFNAME": node.interface,

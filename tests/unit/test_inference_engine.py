@@ -73,6 +73,13 @@ def test_offline_and_silent(tmp_path: Path) -> None:
     assert environment["TMPDIR"] == str(tmp_path / "s" / "tmp")
 
 
+def test_what_speaks_within_the_host_is_heard_by_nobody_else(tmp_path: Path) -> None:
+    """Gloo would listen at the address that the host's name has; tests/e2e/machine.py is such a host."""
+    environment = engine.environment(MODEL, settings(tmp_path))
+    assert environment["VLLM_HOST_IP"] == "127.0.0.1"
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+
+
 def test_the_key_is_never_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
