@@ -113,7 +113,11 @@ def environment(model: Model, settings: Settings) -> dict[str, str]:
         **(
             launcher.ENVIRONMENT
             if settings.plan
-            else {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine("cpu").kv_cache_gib)}
+            else {
+                "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or model.engine("cpu").kv_cache_gib),
+                # Log probabilities are compiled even in eager mode, which without a C++ compiler ends the engine.
+                "TORCH_COMPILE_DISABLE": "1",
+            }
         ),
         **scale.share(
             *settings.replica,

@@ -71,6 +71,7 @@ def test_offline_and_silent(tmp_path: Path) -> None:
     environment = engine.environment(MODEL, settings(tmp_path))
     assert environment["HF_HUB_OFFLINE"] == environment["VLLM_NO_USAGE_STATS"] == "1"
     assert environment["TMPDIR"] == str(tmp_path / "s" / "tmp")
+    assert environment["TORCH_COMPILE_DISABLE"] == "1"
 
 
 def test_what_speaks_within_the_host_is_heard_by_nobody_else(tmp_path: Path) -> None:
