@@ -115,6 +115,8 @@ def machine(person: Person, settings: dict[str, Any], *files: Path) -> Iterator[
         found.run("useradd", "--no-create-home", "--shell=/bin/bash", f"--uid={uid}", "--groups=docker", USER)
         found.run("chown", f"{USER}:", *(f"/home/{USER}/{each}" for each in (".", ".cache", ".docker", ".ssh")))
         found.run("chown", "--recursive", f"{USER}:", f"/home/{USER}/.ssh", f"/home/{USER}/.docker")
+        # As a deploy's summary asks of an administrator, so that the user's services come back with the machine.
+        found.run("loginctl", "enable-linger", USER)
         address = docker("inspect", "--format", "{{.NetworkSettings.IPAddress}}", NAME)
         public = found.run("cat", "/etc/ssh/ssh_host_ed25519_key.pub")
         (person.home / ".ssh/hosts").write_text(f"{address} {public}\n")
