@@ -479,20 +479,21 @@ def secrets_of(env_file: Path) -> tuple[str, ...]:
 
 def log_tail(log: Path, start: int = 0, secrets: Iterable[str] = (), lines: int = 20) -> list[str]:
     """The last lines that were written after the byte `start`; from the beginning where the log was rotated since."""
-    text = _log_text(log, start, 20_000)
-    return [_shown(line, secrets) for line in text.splitlines() if line.strip()][-lines:]
+    text = _hidden(_log_text(log, start, 20_000), secrets)
+    return [line[:400] for line in text.splitlines() if line.strip()][-lines:]
 
 
 def first_error(log: Path, start: int = 0, secrets: Iterable[str] = ()) -> str:
     """The first line after the byte `start` in which an error speaks; blank where none does."""
-    lines = _log_text(log, start, 1_000_000).splitlines()
-    return next((_shown(line, secrets) for line in lines if _ERROR.search(line)), "")
+    text = _hidden(_log_text(log, start, 1_000_000), secrets)
+    return next((line[:400] for line in text.splitlines() if _ERROR.search(line)), "")
 
 
-def _shown(line: str, secrets: Iterable[str]) -> str:
+def _hidden(text: str, secrets: Iterable[str]) -> str:
+    """The text without secrets, also those of several lines."""
     for secret in secrets:
-        line = line.replace(secret, "(not shown)")
-    return line[:400]
+        text = text.replace(secret, "(not shown)")
+    return text
 
 
 def _log_text(log: Path, start: int, size: int) -> str:
