@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import ipaddress
 import json
 import os
 import shutil
@@ -43,8 +44,10 @@ NO_QDRANT = (
 PASSWORD = "dify+/=$%-word"
 
 
-def certificate(folder: Path, name: str, issuer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-    """A certificate for a host name by an authority, or an authority's own; in files, its key for its owner only."""
+def certificate(
+    folder: Path, name: str, issuer: tuple[Any, Any] | None = None, address: str = "127.0.0.1"
+) -> tuple[Any, Any]:
+    """A certificate for a host by an authority, or an authority's own; in files, its key for its owner only."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -57,7 +60,10 @@ def certificate(folder: Path, name: str, issuer: tuple[Any, Any] | None = None) 
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(ipaddress.ip_address(address))]),
+            critical=False,
+        )
     )
     made = builder.sign(issuer[1] if issuer else key, hashes.SHA256())
     (folder / f"{name}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
@@ -77,22 +83,25 @@ def free_port() -> int:
 
 
 class Elsewhere:
-    """A folder with certificates and programs, and the servers that were started from it."""
+    """A folder with certificates and programs, and the servers that were started from it, listening at an address."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, address: str) -> None:
         self.root = root
+        self.address = address
+        # By which it is known: the certificate has both.
+        self.host = "localhost" if address == "127.0.0.1" else address
         self.ca = root / "authority.pem"
         self.processes: list[subprocess.Popen[bytes]] = []
 
     @classmethod
     @contextlib.contextmanager
-    def made(cls) -> Iterator[Elsewhere]:
+    def made(cls, address: str = "127.0.0.1") -> Iterator[Elsewhere]:
         """An empty one, with certificates for localhost; its servers end and its folder goes at the end."""
         root = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
-        site = cls(root)
+        site = cls(root, address)
         try:
             authority = certificate(root, "authority")
-            certificate(root, "localhost", authority)
+            certificate(root, "localhost", authority, address)
             root.chmod(0o755)
             for path in (root, root / "localhost.key"):
                 site.give(path)
@@ -167,7 +176,7 @@ class Elsewhere:
         )
         (data / "pg_hba.conf").write_text(
             "local all postgres trust\nhostssl all old 127.0.0.1/32 md5\nhostssl all plain 127.0.0.1/32 password\n"
-            "hostssl all all 127.0.0.1/32 scram-sha-256\n"
+            "hostssl all all 0.0.0.0/0 scram-sha-256\n"
         )
         options = {
             "ssl": "on",
@@ -176,7 +185,7 @@ class Elsewhere:
             "fsync": "off",
             "ssl_key_file": self.root / "localhost.key",
             "unix_socket_directories": self.root,
-            "listen_addresses": "127.0.0.1",
+            "listen_addresses": self.address,
         }
         # Not on its command line, which would go before what a test sets.
         with (data / "postgresql.conf").open("a") as conf:
@@ -199,13 +208,13 @@ class Elsewhere:
             pytest.skip("no Redis with TLS on this machine: apt-get install redis-server")
         port, plain = free_port(), free_port()
         (self.root / "redis.conf").write_text(
-            f"bind 127.0.0.1\nport {plain}\ntls-port {port}\ntls-auth-clients no\nsave ''\n"
+            f"bind {self.address}\nport {plain}\ntls-port {port}\ntls-auth-clients no\nsave ''\n"
             f"tls-cert-file {self.root}/localhost.pem\ntls-key-file {self.root}/localhost.key\n"
             f"user default off\nuser dify on >{PASSWORD} ~* &* +@all -@admin -@dangerous +info +keys\n"
             f"user reader on >{PASSWORD} ~* &* +@read +@connection +info\n"
         )
         self.start(SYSTEM_REDIS, self.root / "redis.conf")
-        self.until("Redis", lambda: socket.create_connection(("127.0.0.1", port), 1).close())
+        self.until("Redis", lambda: socket.create_connection((self.address, port), 1).close())
         return port, plain
 
     def s3(self) -> tuple[int, Callable[..., None]]:
@@ -225,13 +234,13 @@ class Elsewhere:
         (self.root / "s3.json").write_text(json.dumps({"identities": [identity]}))
         shutil.copy(weed, self.root / "weed-server")  # nobody may not read root's environments
         self.start(
-            self.root / "weed-server", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            self.root / "weed-server", "server", f"-dir={folder}", f"-ip={self.address}", f"-ip.bind={self.address}",
             "-volume.max=8", "-master.volumeSizeLimitMB=16", "-filer", f"-filer.localSocket={self.root}/filer.sock",
             "-s3", f"-s3.config={self.root}/s3.json", f"-s3.cert.file={self.root}/localhost.pem",
             f"-s3.key.file={self.root}/localhost.key", f"-s3.localSocket={self.root}/s3.sock",
             *(f"-{name}={port}" for name, port in ports.items()),
         )  # fmt: skip
-        files = f"http://127.0.0.1:{ports['filer.port']}/buckets/kit/"
+        files = f"http://{self.address}:{ports['filer.port']}/buckets/kit/"
 
         def put(name: str, content: bytes = b"") -> None:
             kind = {"Content-Type": "application/octet-stream"}
@@ -264,7 +273,7 @@ class Elsewhere:
             "GRPC_PORT": str(grpc),
             "GO_PROFILING_DISABLE": "true",
             "CLUSTER_HOSTNAME": "kit",
-            "CLUSTER_ADVERTISE_ADDR": "127.0.0.1",
+            "CLUSTER_ADVERTISE_ADDR": self.address,
             **dict(
                 zip(
                     ("CLUSTER_GOSSIP_BIND_PORT", "CLUSTER_DATA_BIND_PORT", "RAFT_PORT", "RAFT_INTERNAL_RPC_PORT"),
@@ -273,8 +282,8 @@ class Elsewhere:
                 )
             ),
         }
-        self.start(program, "--host", "127.0.0.1", "--port", str(port), "--scheme", "http", environment=environment)
-        ready = f"http://127.0.0.1:{port}/v1/.well-known/ready"
+        self.start(program, "--host", self.address, "--port", str(port), "--scheme", "http", environment=environment)
+        ready = f"http://{self.address}:{port}/v1/.well-known/ready"
         self.until("Weaviate", lambda: urllib.request.urlopen(ready, timeout=5).close())
         return port, grpc
 
@@ -287,7 +296,7 @@ class Elsewhere:
         folder.mkdir()
         self.give(folder)
         environment = {
-            "QDRANT__SERVICE__HOST": "127.0.0.1",
+            "QDRANT__SERVICE__HOST": self.address,
             "QDRANT__SERVICE__HTTP_PORT": str(port),
             "QDRANT__SERVICE__GRPC_PORT": str(free_port()),
             "QDRANT__SERVICE__API_KEY": PASSWORD,
@@ -297,7 +306,7 @@ class Elsewhere:
             "QDRANT_INIT_FILE_PATH": str(folder / ".qdrant-initialized"),
         }
         self.start(program, environment=environment)
-        self.until("Qdrant", lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close())
+        self.until("Qdrant", lambda: urllib.request.urlopen(f"http://{self.address}:{port}/healthz", timeout=5).close())
         return port
 
     def stop(self) -> None:

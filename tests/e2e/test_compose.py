@@ -20,8 +20,9 @@ import pytest
 
 from tests import go_programs
 from tests.compose import images
-from tests.compose.engine import REGISTRY, Lacking, buildx, compose, docker, engine
-from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, dify_reachable, expect_answer, say
+from tests.compose.engine import REGISTRY, docker
+from tests.e2e.containers import containers, user_of_docker
+from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, expect_answer, say
 from tests.e2e.machine import machine
 from tests.e2e.picture import expect_picture
 from tests.e2e.ssh import expect_as_before
@@ -35,23 +36,7 @@ ONE_SHOT = {"init_permissions"}
 @pytest.fixture(scope="module")
 def deployed() -> Iterator[tuple[Person, str]]:
     """The user after the first deploy, by `build`, and the answer that every later one must equal."""
-    if not dify_reachable():
-        pytest.skip("Dify's source cannot be had here, see above; its images are built from it")
-    with contextlib.ExitStack() as stack:
-        try:
-            version = stack.enter_context(engine())
-            for one in images.make(RELEASE, WORK / "cache"):
-                took = "image was there already: " if one.cached else "image: "
-                TIMINGS.append(Timing(NAME, took + one.name, one.seconds))
-        except Lacking as lacking:
-            pytest.skip(f"{lacking}")
-        settings = {"dify_mode": "compose", "dify_compose_project": NAME, "dify_compose_images": "build"}
-        person = Person(NAME, settings=settings)
-        stack.callback(remove, person)
-        subprocess.run(["usermod", "--append", "--groups", "docker", NAME], check=True)
-        say(f"engine {version}, Compose {compose(person.home)}, builds by {buildx(person.home)}")
-        person.own(person.home)
-        person.lend_cache()
+    with user_of_docker(NAME) as person:
         person.make("deploy", HOUR, title="first deploy, images by build")
         answer = person.answer()
         assert answer.strip(), "the answer is empty"
@@ -87,26 +72,6 @@ def archive(deployed: tuple[Person, str]) -> Iterator[Archive]:
     path.unlink()
 
 
-def remove(person: Person) -> None:
-    """The containers, what their users have written, and then the person."""
-    outcome = person.run('make uninstall ARGS="-e kit_delete_data=yes"', 300, "uninstall")
-    left = (person.home / "dify-kit").exists()
-    for container in containers().values():
-        docker("rm", "--force", container)
-    shutil.rmtree(person.home / "dify-kit", ignore_errors=True)
-    person.remove()
-    assert not outcome.status, outcome.tail()
-    assert not left, "data is left"
-
-
-def containers() -> dict[str, str]:
-    """Service -> id of its container, running or not."""
-    label = "com.docker.compose"
-    form = f'{{{{.Label "{label}.service"}}}} {{{{.ID}}}}'
-    lines = docker("ps", "--all", "--filter", f"label={label}.project={NAME}", "--format", form).splitlines()
-    return dict(line.split() for line in lines)
-
-
 def process(container: str) -> int:
     """The pid of its first process, 0 when there is none."""
     return int(docker("inspect", "--format", "{{.State.Pid}}", container))
@@ -114,10 +79,10 @@ def process(container: str) -> int:
 
 def test_second_deploy_changes_nothing(deployed: tuple[Person, str]) -> None:
     person, answer = deployed
-    before = containers()
+    before = containers(NAME)
     outcome = person.make("deploy", 600, title="second deploy, nothing to do")
     assert outcome.changed == 0, f"the second deploy changed something:\n{outcome.tail()}"
-    assert containers() == before
+    assert containers(NAME) == before
     assert person.answer() == answer
 
 
@@ -133,12 +98,12 @@ def test_a_host_over_ssh_is_the_same(deployed: tuple[Person, str]) -> None:
 
 def test_an_image_that_is_missing_is_named_with_its_remedies(deployed: tuple[Person, str]) -> None:
     person, answer = deployed
-    before = containers()
+    before = containers(NAME)
     person.configure(dify_compose_image={"redis": "registry.invalid/no/such:1"})
     outcome = person.make("deploy", 600, title="an image that is missing", expect=2)
     for said in ("registry.invalid/no/such:1", "no such host", "mirror", "archive", "engine reach"):
         assert said in outcome.output, outcome.tail()
-    assert containers() == before, "it changed something"
+    assert containers(NAME) == before, "it changed something"
     assert person.answer() == answer
     person.configure()
 
@@ -149,7 +114,7 @@ def test_stopped_and_started_again_data_is_there(deployed: tuple[Person, str]) -
     person, answer = deployed
     compose_program = f"{person.facts['kit_home']}/runtime/bin/kit-compose"
     assert person.run(f"{compose_program} down", 300, "down").status == 0
-    assert not containers()
+    assert not containers(NAME)
     assert person.answer().startswith("error: ")
     person.make("deploy", 900, title="deploy after down")
     # The app that answers is in the database, the model's plugin among the daemon's files.
@@ -160,7 +125,7 @@ def test_stopped_and_started_again_data_is_there(deployed: tuple[Person, str]) -
 def test_killed_containers_come_back(deployed: tuple[Person, str]) -> None:
     """All at once; that each is needed for the answer, only a workflow of everything shows."""
     person, answer = deployed
-    killed = {name: (one, process(one)) for name, one in containers().items() if name not in ONE_SHOT}
+    killed = {name: (one, process(one)) for name, one in containers(NAME).items() if name not in ONE_SHOT}
     for _, pid in killed.values():
         os.kill(pid, 9)
     begun = time.monotonic()
@@ -176,10 +141,10 @@ def test_killed_containers_come_back(deployed: tuple[Person, str]) -> None:
 def test_an_api_that_is_made_anew_is_found(deployed: tuple[Person, str]) -> None:
     """Its address in the containers' network is another one then, and a gateway that asks the old one says 502."""
     person, answer = deployed
-    before = containers()["api"]
+    before = containers(NAME)["api"]
     again = f"{person.facts['kit_home']}/runtime/bin/kit-compose up --detach --no-deps --force-recreate api"
     assert person.run(again, 300, "api made anew").status == 0
-    assert containers()["api"] != before
+    assert containers(NAME)["api"] != before
     took = person.expect_answer(answer, within=300)
     TIMINGS.append(Timing(NAME, "api made anew: same answer", took))
 
@@ -190,7 +155,7 @@ def test_from_a_mirror_then_from_an_archive_without_it(
 ) -> None:
     person, answer = deployed
     release = images.names(RELEASE)
-    used = {release[name] for name in containers() if name in release}
+    used = {release[name] for name in containers(NAME) if name in release}
     with registry() as address:
         for image in sorted(used):
             copy = f"{address}/dify/{image if '/' in image else f'library/{image}'}"
@@ -247,7 +212,7 @@ def test_moved_to_source_mode_and_back_with_its_data(deployed: tuple[Person, str
     assert person.answer() == answer
 
     person.make(MOVE, HOUR, title="moved to source mode")
-    assert not containers()
+    assert not containers(NAME)
     assert person.answer() == answer
     assert files(home / "var/storage") >= kept
     [aside] = home.glob("var/moved/compose-*")

@@ -57,28 +57,28 @@ def settings(elsewhere: Elsewhere) -> dict[str, Any]:
     return {
         "kit_ca_bundle": str(elsewhere.bundle()),
         "postgres_source": "external",
-        "postgres_host": "localhost",
+        "postgres_host": elsewhere.host,
         "postgres_port": postgres,
         "postgres_sslmode": "verify-full",
         "redis_source": "external",
-        "redis_host": "localhost",
+        "redis_host": elsewhere.host,
         "redis_port": redis,
         "redis_username": "dify",
         "redis_tls": True,
         "dify_storage": "s3",
-        "dify_s3": {"endpoint": f"https://localhost:{bucket}", "bucket": "kit", "access_key": "kit-key"},
+        "dify_s3": {"endpoint": f"https://{elsewhere.host}:{bucket}", "bucket": "kit", "access_key": "kit-key"},
     }
 
 
 def vector_settings(elsewhere: Elsewhere, kind: str) -> dict[str, Any]:
     """The same for vectors."""
     if kind == "qdrant":
-        return {"dify_vector_store": kind, "dify_vector_url": f"http://localhost:{elsewhere.qdrant()}"}
+        return {"dify_vector_store": kind, "dify_vector_url": f"http://{elsewhere.host}:{elsewhere.qdrant()}"}
     port, grpc = elsewhere.weaviate()
     return {
         "dify_vector_store": kind,
-        "dify_vector_url": f"http://localhost:{port}",
-        "dify_source_env": {"WEAVIATE_GRPC_ENDPOINT": f"grpc://localhost:{grpc}"},
+        "dify_vector_url": f"http://{elsewhere.host}:{port}",
+        "dify_source_env": {"WEAVIATE_GRPC_ENDPOINT": f"grpc://{elsewhere.host}:{grpc}"},
     }
 
 

@@ -18,7 +18,7 @@ from ansible.module_utils import kit_compose, kit_compose_engine, kit_files, kit
 
 from tests.compose import engine as parts
 from tests.integration.conftest import REPO
-from tests.unit.test_kit_compose import env_keys, settings, site
+from tests.unit.test_kit_compose import elsewhere, env_keys, settings, site
 
 ROLE = REPO / "roles/dify_compose"
 CA = "/etc/ssl/certs/ca-certificates.crt"
@@ -61,10 +61,15 @@ def render(target: Path, values: dict[str, Any]) -> None:
 @pytest.fixture
 def project(real: tuple[str, Path, Path], tmp_path: Path) -> kit_compose_engine.Project:
     """A site's files beside those of a release."""
+    return files(real, tmp_path)
+
+
+def files(real: tuple[str, Path, Path], tmp_path: Path, **other: Any) -> kit_compose_engine.Project:
+    """The same with other values for the site."""
     version, dify, _ = real
     release = yaml.safe_load((REPO / f"deploy/releases/{version}.yml").read_text())
     agent = site()["agent"] | ({} if "agent_backend" in release["compose"]["services"] else {"url": ""})
-    of = site(version, agent=agent)
+    of = site(version, agent=agent, **other)
     upstream = tmp_path / f"releases/{version}/docker"
     shutil.copytree(dify / "docker", upstream)
     keys = [f"{tmp_path}/{number}.pem" for number in range(2)]
@@ -84,8 +89,8 @@ def project(real: tuple[str, Path, Path], tmp_path: Path) -> kit_compose_engine.
     render(directory / "override.yaml", values)
     (tmp_path / "settings.env").write_text(kit_files.render_env(settings(of)))
     known = {name for names in env_keys(version).values() for name in names} | set(kit_compose.PLUGINS)
-    known |= set(kit_network.environment("/x", "http://p:1", "http://p:1"))
-    allowed = [Path(CA), Path(values["dify_compose_uv"]), *map(Path, keys)]
+    known |= {*kit_network.environment("/x", "http://p:1", "http://p:1"), "PGSSLMODE", "PGSSLROOTCERT"}
+    allowed = [Path(CA), Path(values["dify_compose_uv"]), *map(Path, keys), *map(Path, of["roots"].values())]
     data = tmp_path / "var/compose"
     return kit_compose_engine.Project("kit", directory, upstream, data, tmp_path / "settings.env", known, allowed)
 
@@ -109,6 +114,21 @@ def test_the_whole_is_what_the_kit_promises(project: kit_compose_engine.Project)
         assert not secrets & set(services[name]["environment"]), f"{name} knows what it need not"
     assert not (project.directory / ".env").exists(), "nothing is applied yet"
     assert "difyai123456" not in text
+
+
+def test_servers_elsewhere_take_no_container(real: tuple[str, Path, Path], tmp_path: Path) -> None:
+    _, config = files(real, tmp_path, **elsewhere()).prepare()
+    services = config["services"]
+    assert not {"db_postgres", "pgvector", "redis"} & set(services)
+    roots = {"/app/kit/postgres-roots.pem": "/etc/db-roots.pem", "/app/kit/redis-roots.pem": "/etc/redis-roots.pem"}
+    for name in {"api", "api_websocket", "worker", "worker_beat", "plugin_daemon", "agent_backend"} & set(services):
+        mounts = {mount["target"]: mount["source"] for mount in services[name]["volumes"]}
+        assert mounts.items() >= roots.items(), f"{name} could not verify whom it talks to"
+        assert not {"db_postgres", "redis"} & set(services[name].get("depends_on", {})) & set(services)
+    daemon = services["plugin_daemon"]["environment"]
+    assert (daemon["DB_HOST"], daemon["DB_SSL_MODE"], daemon["REDIS_HOST"]) == (
+        *("db.example.com", "require", "redis.example.com"),
+    )
 
 
 def test_a_default_that_stays_is_named(project: kit_compose_engine.Project) -> None:
@@ -146,6 +166,12 @@ services:
     depends_on:
       init_permissions: {condition: service_completed_successfully}
     ports: ["5001:5001"]
+  pgvector:
+    image: kit-test/web:1
+    profiles: [pgvector]
+    restart: always
+    stop_grace_period: 1s
+    command: [httpd, -f]
 """
 OVERRIDE = """\
 x-kit: &kit
@@ -234,6 +260,20 @@ def test_a_second_run_changes_nothing_and_a_lost_container_comes_back(small: kit
     assert small.down()
     assert not small.down()
     assert (small.data / "storage/ready").exists(), "data stays"
+
+
+def test_a_service_that_the_site_no_longer_has_ends(small: kit_compose_engine.Project) -> None:
+    override = small.directory / "override.yaml"
+    before = override.read_text()
+    override.write_text(before + "  pgvector:\n    <<: *kit\n    profiles: !reset []\n")
+    assert small.up(*small.prepare()) == ["api", "pgvector"]
+    override.write_text(before)
+    text, config = small.prepare()
+    assert "pgvector" not in config["services"]
+    assert small.up(text, config, check=True)[-1] == "pgvector"
+    assert small.up(text, config)[-1] == "pgvector"
+    assert "pgvector" not in small.containers()
+    assert small.up(text, config) == []
 
 
 def test_who_does_not_answer_is_named(small: kit_compose_engine.Project) -> None:

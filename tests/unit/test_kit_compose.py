@@ -17,7 +17,7 @@ SIZING = kit_dify.size(4, 16000)
 
 
 def site(version: str = "1.16.0", **other: Any) -> dict[str, Any]:
-    """``dify_source_site`` as the role has it."""
+    """``dify_compose_site`` as the role has it."""
     return {
         "home": "/h",
         "network": {},
@@ -25,6 +25,9 @@ def site(version: str = "1.16.0", **other: Any) -> dict[str, Any]:
         "sandbox_url": "http://127.0.0.1:2",
         "sandbox_key": "sandbox-secret",
         "egress_allow": [],
+        "external": [],
+        "roots": {},
+        "pgvector": True,
         "public_url": "https://dify.example.com",
         "internal_files_url": "http://127.0.0.1:3",
         "api_url": "http://127.0.0.1:4",
@@ -52,6 +55,19 @@ def site(version: str = "1.16.0", **other: Any) -> dict[str, Any]:
         "env": {},
         "env_keys": env_keys(version),
     } | other
+
+
+def elsewhere() -> dict[str, Any]:
+    """What makes a site of one whose PostgreSQL and Redis are others', with TLS."""
+    postgres = {"host": "db.example.com", "port": 5433, "sslmode": "verify-full", "sslrootcert": "/etc/db-roots.pem"}
+    redis = {"host": "redis.example.com", "port": 6380, "username": "dify", "tls": True}
+    return {
+        "external": ["postgres", "redis"],
+        "roots": {"postgres": "/etc/db-roots.pem", "redis": "/etc/redis-roots.pem"},
+        "pgvector": False,
+        "postgres": site()["postgres"] | postgres,
+        "redis": site()["redis"] | redis | {"ca_file": "/etc/redis-roots.pem"},
+    }
 
 
 def daemon(of: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +106,11 @@ def settings(of: dict[str, Any]) -> dict[str, Any]:
 def test_every_setting_is_one_that_the_release_reads(version: str) -> None:
     known = {name for names in env_keys(version).values() for name in names}
     agent = site()["agent"] | ({} if version == "1.16.0" else {"url": ""})
-    found = set(settings(site(version, agent=agent)))
     network = set(kit_network.environment("/x", "http://p:1", "http://p:1"))
+    found = set(settings(site(version, agent=agent)))
     assert found - known - network == set(kit_compose.PLUGINS)
+    found = set(settings(site(version, agent=agent, **elsewhere())))
+    assert found - known - network == set(kit_compose.PLUGINS) | {"PGSSLMODE", "PGSSLROOTCERT"}
 
 
 def test_containers_are_told_of_containers() -> None:
@@ -117,9 +135,30 @@ def test_the_daemon_is_told_under_the_names_that_count() -> None:
 
 def test_services_follow_the_site() -> None:
     assert kit_compose.profiles(site()) == ["postgresql", "pgvector", "collaboration"]
-    lean = site(sizing=vars(kit_dify.size(2, 6000)), vector={"kind": "qdrant", "url": "http://q", "api_key": "k"})
+    qdrant = {"kind": "qdrant", "url": "http://q", "api_key": "k"}
+    lean = site(sizing=vars(kit_dify.size(2, 6000)), vector=qdrant, pgvector=False)
     assert kit_compose.profiles(lean) == ["postgresql"]
     assert settings(lean)["QDRANT_API_KEY"] == "k"
+
+
+def test_vectors_of_before_are_found_in_their_container() -> None:
+    later = site(vector={"kind": "qdrant", "url": "http://q", "api_key": "k"})
+    assert "pgvector" in kit_compose.profiles(later)
+    env = settings(later)
+    assert (env["VECTOR_STORE"], env["PGVECTOR_HOST"]) == ("qdrant", "pgvector")
+    assert env["PGVECTOR_PASSWORD"] == "vector-secret"
+
+
+def test_servers_elsewhere_are_told_as_they_are() -> None:
+    of = site(**elsewhere())
+    assert kit_compose.profiles(of) == ["collaboration"]
+    env = settings(of)
+    assert (env["DB_HOST"], env["DB_PORT"], env["DB_SSL_MODE"]) == ("db.example.com", 5433, "require")
+    assert (env["PGSSLMODE"], env["PGSSLROOTCERT"]) == ("verify-full", "/app/kit/postgres-roots.pem")
+    assert (env["PGVECTOR_HOST"], env["PGVECTOR_DATABASE"]) == ("db.example.com", "dify_vector")
+    assert (env["REDIS_USE_SSL"], env["REDIS_SSL_CA_CERTS"]) == (True, "/app/kit/redis-roots.pem")
+    address = "rediss://dify:redis-secret@redis.example.com:6380/2?ssl_cert_reqs=required"
+    assert env["DIFY_AGENT_REDIS_URL"] == f"{address}&ssl_ca_certs=/app/kit/redis-roots.pem"
 
 
 def test_a_vector_store_of_the_site_keeps_its_key() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from ansible.module_utils import kit_migrate, kit_move
 
 def have(home: Path, mode: str) -> None:
     """A home in which Dify has run in that mode."""
-    note, data = kit_migrate.SIGNS[mode]
+    note, data, *_ = kit_migrate.SIGNS[mode]
     (home / data / "16").mkdir(parents=True)
     (home / note).parent.mkdir(parents=True, exist_ok=True)
     if mode == "source":
@@ -29,6 +30,44 @@ def test_data_counts_once_dify_has_run_with_it(tmp_path: Path, mode: str) -> Non
     kit_move.check_one(tmp_path)
     (tmp_path / kit_migrate.SIGNS[mode][0]).unlink()
     assert not kit_migrate.alive(tmp_path, mode)
+
+
+def told(home: Path, mode: str, host: str) -> None:
+    """What that mode's Dify was told of PostgreSQL."""
+    env = home / kit_migrate.SIGNS[mode].env
+    env.parent.mkdir(parents=True, exist_ok=True)
+    env.write_text(f"DB_HOST='{host}'\n")
+
+
+@pytest.mark.parametrize("mode", ["source", "compose"])
+def test_data_that_is_elsewhere_counts_too(tmp_path: Path, mode: str) -> None:
+    told(tmp_path, mode, "db.example.com")
+    assert not kit_migrate.alive(tmp_path, mode)
+    note = tmp_path / kit_migrate.SIGNS[mode].note
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.touch()
+    assert kit_migrate.alive(tmp_path, mode)
+    told(tmp_path, mode, kit_migrate.SIGNS[mode].own)
+    assert not kit_migrate.alive(tmp_path, mode)
+
+
+@pytest.mark.parametrize(
+    ("source", "compose", "fits"),
+    [
+        ("127.0.0.1", "db_postgres", True),
+        ("db.example.com", "db.example.com", True),
+        ("127.0.0.1", "db.example.com", False),
+        ("db.example.com", "db_postgres", False),
+    ],
+)
+def test_the_server_stays_while_the_mode_changes(tmp_path: Path, source: str, compose: str, fits: bool) -> None:
+    told(tmp_path, "source", source)
+    told(tmp_path, "compose", compose)
+    refused = pytest.raises(
+        kit_move.MoveProblem, match=r"db\.example\.com is the site's .*\nRemedy: move with postgres_"
+    )
+    with contextlib.nullcontext() if fits else refused:
+        kit_move.check_servers(tmp_path)
 
 
 def test_two_that_count_are_one_too_many(tmp_path: Path) -> None:

@@ -773,6 +773,7 @@ def test_a_sound_host_has_no_problem(tmp_path: Path) -> None:
     assert found.problems == []
     assert known == {
         "has_data": False,
+        "has_vectors": False,
         "agent_runtime_lacks": "",
         "mirrors": {},
         "sandbox": {"run": False, "commands": []},
@@ -807,11 +808,12 @@ def test_data_of_an_earlier_run_is_seen(tmp_path: Path) -> None:
     assert kit_preflight.examine(given, ME.pw_name)[1]["has_data"] is True
 
 
-def stores_problems(home: Path, **changes: Any) -> list[str]:
+def stores_problems(home: Path, mode: str = "source", **changes: Any) -> list[str]:
     """What is said of the parts on a host, with PostgreSQL's settings changed."""
     findings = Findings()
     stores = {**STORES, "postgres": {**STORES["postgres"], **changes}}
-    kit_preflight.check_parts(findings, str(home), Account.find(ME.pw_name, ME.pw_dir), stores, ENVIRONMENT)
+    account = Account.find(ME.pw_name, ME.pw_dir)
+    kit_preflight.check_parts(findings, str(home), account, stores, ENVIRONMENT, mode)
     return [f"{problem.what} {problem.remedy}" for problem in findings.problems]
 
 
@@ -828,6 +830,21 @@ def test_a_part_that_begins_anew_beside_its_data_is_refused(tmp_path: Path) -> N
     (tmp_path / "var/postgres/16/PG_VERSION").write_text("16\n")
     (tmp_path / "var/storage/privkeys").mkdir(parents=True)
     assert stores_problems(tmp_path) == []
+
+
+def test_containers_that_begin_anew_beside_their_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "etc/env").mkdir(parents=True)
+    (tmp_path / "etc/env/dify.env").write_text(
+        "DB_DATABASE='dify'\nDB_HOST='db.example.com'\nDB_PORT='5432'\nSTORAGE_TYPE='s3'\nS3_BUCKET_NAME='b'\n"
+    )
+    own = {"source": "container", "host": "db_postgres"}
+    assert stores_problems(tmp_path, **own) == [], "source mode has not run here"
+    database, files = stores_problems(tmp_path, "compose", **own)
+    assert "Dify's data is in dify at db.example.com:5432" in database
+    assert f"{tmp_path}/var/compose/storage has none of them" in files
+    (tmp_path / "var/compose/postgres/pgdata").mkdir(parents=True)
+    (tmp_path / "var/compose/storage/privkeys").mkdir(parents=True)
+    assert stores_problems(tmp_path, "compose", **own) == []
 
 
 def test_a_postgres_that_cannot_read_the_data_is_refused(tmp_path: Path) -> None:

@@ -449,3 +449,11 @@ def test_a_site_in_containers_has_no_settings_of_source_mode_and_a_way_to_its_im
     ]
     sound = {"dify_compose_project": "dify", "dify_compose_images": "mirror", "dify_compose_mirror": "r.example.com/x"}
     assert kit_validate.check_compose(sound, {"dify_compose_mirror": "a"}) == []
+
+
+@pytest.mark.parametrize(("host", "wrong"), [("db.example.com", 0), ("127.0.0.1", 1), ("localhost", 1), ("::1", 1)])
+def test_a_server_of_a_site_in_containers_is_reached_from_them(host: str, wrong: int) -> None:
+    values = {"dify_compose_project": "dify", "postgres_source": "external", "postgres_host": host}
+    found = kit_validate.check_compose(values, {"postgres_source": "a, line 1", "postgres_host": "a, line 2"})
+    assert len(found) == wrong, found
+    assert all(problem.where == "a, line 2" and "in a container" in problem.what for problem in found)

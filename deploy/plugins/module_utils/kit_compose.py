@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import kit_dify
+from . import kit_dify, kit_parts
 from .kit_report import Problem
 
 Env = dict[str, Any]
@@ -28,8 +28,9 @@ NEAR = (
     *("api", "web", "plugin_daemon", "agent_backend", "local_sandbox", "sandbox", "ssrf_proxy"),
     *("db_postgres", "pgvector", "redis"),
 )
-#: Where the override mounts the public keys of who may sign plugins.
+#: Where the override mounts the public keys of who may sign plugins, and root certificates of servers of the site's.
 KEYS = "/app/keys"
+ROOTS = {"postgres": "/app/kit/postgres-roots.pem", "redis": "/app/kit/redis-roots.pem"}
 #: What plugins inherit from the daemon, which reads them for nothing itself.
 PLUGINS = ("MAX_INVOCATION_TIMEOUT", "MAX_REQUEST_TIMEOUT")
 # Settings of the kit's own that the oldest release it deploys does not know: left out there. Any other that a release
@@ -102,11 +103,20 @@ def inside(
 ) -> dict[str, Any]:
     """``site`` for ``settings``: what source mode tells API and daemon, with addresses as containers see them.
 
-    ``site`` and ``daemon`` are ``dify_source_site`` and ``plugin_daemon_site``; ``network`` is the way out of a
-    container, to which ``NEAR`` is added; ``keys`` is the number of public keys that are mounted at ``KEYS``.
+    ``site`` and ``daemon`` are ``dify_source_site`` and ``plugin_daemon_site``, the former with ``external`` (those of
+    ``postgres`` and ``redis`` that run elsewhere) and ``pgvector`` (whether vectors have a container); ``network`` is
+    the way out of a container, to which ``NEAR`` is added; ``keys`` is the number of public keys that are mounted at
+    ``KEYS``.
     """
-    postgres = {**site["postgres"], "host": "db_postgres", "port": 5432, "sslmode": "disable"}
-    redis = {**site["redis"], "host": "redis", "port": 6379, "username": "", "tls": False}
+    postgres, redis = dict(site["postgres"]), dict(site["redis"])
+    if "postgres" in site["external"]:
+        postgres["sslrootcert"] = ROOTS["postgres"]
+    else:
+        postgres |= {"host": "db_postgres", "port": 5432, "sslmode": "disable"}
+    if "redis" in site["external"]:
+        redis["ca_file"] = ROOTS["redis"]
+    else:
+        redis |= {"host": "redis", "port": 6379, "username": "", "tls": False}
     direct = {name: ",".join([network[name], *NEAR]) for name in ("no_proxy", "NO_PROXY") if name in network}
     parts = {"postgres": postgres, "redis": redis, "network": {**network, **direct}}
     agent = {"url": AGENT, "runtime_url": AGENT_RUNTIME} if site["agent"]["url"] else {"url": "", "runtime_url": ""}
@@ -168,7 +178,7 @@ def settings(site: Mapping[str, Any]) -> Env:
         "WEAVIATE_API_KEY": "",
         "WEAVIATE_AUTHENTICATION_APIKEY_ALLOWED_KEYS": "",
     }
-    if site["vector"]["kind"] == "pgvector":
+    if site["pgvector"]:
         # A server of its own: upstream's PostgreSQL image has no such extension.
         env |= {
             "PGVECTOR_HOST": "pgvector",
@@ -183,6 +193,8 @@ def settings(site: Mapping[str, Any]) -> Env:
             "DIFY_AGENT_SHELLCTL_AUTH_TOKEN": site["agent"]["runtime_token"],
             "DIFY_AGENT_SERVER_SECRET_KEY": site["agent"]["key"],
         }
+        if "redis" in site["external"]:
+            env["DIFY_AGENT_REDIS_URL"] = kit_parts.verified_redis_url(site["redis"], 2)
     # What both read under one name must be one value.
     clash = {name for name in daemon.keys() & api.keys() if str(daemon[name]) != str(api[name])}
     if clash:
@@ -201,8 +213,8 @@ def _largest_pool(sizing: Mapping[str, Any]) -> Env:
 
 def profiles(site: Mapping[str, Any]) -> list[str]:
     """Which of upstream's optional services run."""
-    wanted = ["postgresql"]
-    if site["vector"]["kind"] == "pgvector":
+    wanted = [] if "postgres" in site["external"] else ["postgresql"]
+    if site["pgvector"]:
         wanted.append("pgvector")
     if site["sizing"]["layout"] == "full":
         wanted.append("collaboration")

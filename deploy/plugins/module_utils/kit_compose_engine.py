@@ -219,15 +219,21 @@ class Project:
         before = self.containers() if environment.exists() else {}
         services = [name for name in config["services"] if name not in ONE_SHOT]
         stopped = [name for name in services if before.get(name, {}).get("State") != "running"]
+        # Of services that the site no longer has, but upstream's file: no orphans to Compose.
+        extra = {name: row["ID"] for name, row in before.items() if name not in config["services"]}
         same = applied.exists() and applied.read_text() == wanted and environment.read_text() == text
-        if same and not stopped:
+        if same and not stopped and not extra:
             return []
         if check:
-            return stopped or services
+            return [*(stopped or ([] if same else services)), *extra]
         self.start(text, config, "--remove-orphans")
+        if extra:
+            docker("stop", *extra.values())
+            docker("rm", "--force", *extra.values())
         write_private(applied, wanted)
         after = self.containers()
-        return [name for name in services if before.get(name, {}).get("ID") != after.get(name, {}).get("ID")] or stopped
+        changed = [name for name in services if before.get(name, {}).get("ID") != after.get(name, {}).get("ID")]
+        return [*(changed or stopped), *extra]
 
     def start(self, text: str, config: Mapping[str, Any], *arguments: str) -> None:
         """``docker compose up`` with these arguments; nothing counts as applied then.

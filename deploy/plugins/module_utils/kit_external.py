@@ -388,11 +388,11 @@ def examine(servers: Mapping[str, Mapping[str, Any]]) -> Answers:
 # --- What is there already --------------------------------------------------------------------------------------------
 
 
-def moves(before: Mapping[str, str], home: str, wanted: Mapping[str, Any]) -> dict[str, str]:
+def moves(before: Mapping[str, str], data: str, wanted: Mapping[str, Any]) -> dict[str, str]:
     """Where Dify's data is now, of that which the settings would have elsewhere: ``postgres`` and ``storage``.
 
-    ``before`` is the environment that the deploy before gave Dify (empty at the first); ``wanted`` has ``postgres`` and
-    ``storage`` as ``kit_parts`` wants them.
+    ``before`` is the environment that the deploy before gave Dify (empty at the first), ``data`` the folder of what is
+    kept on the host; ``wanted`` has ``postgres`` and ``storage`` as ``kit_parts`` wants them.
     """
     found: dict[str, str] = {}
     postgres, storage = wanted["postgres"], wanted["storage"]
@@ -404,16 +404,18 @@ def moves(before: Mapping[str, str], home: str, wanted: Mapping[str, Any]) -> di
         found["postgres"] = f"{before.get('DB_DATABASE')} at {then}:{before.get('DB_PORT')}"
     kind = {"opendal": "fs", "s3": "s3"}.get(before.get("STORAGE_TYPE", ""))
     if kind and kind != storage["kind"]:
-        found["storage"] = f"{home}/var/storage" if kind == "fs" else f"the bucket {before.get('S3_BUCKET_NAME')}"
+        found["storage"] = f"{data}/storage" if kind == "fs" else f"the bucket {before.get('S3_BUCKET_NAME')}"
     elif kind == "s3" and before.get("S3_BUCKET_NAME") != storage["bucket"]:
         found["storage"] = f"the bucket {before.get('S3_BUCKET_NAME')}"
     return found
 
 
-def unmoved(moved: Mapping[str, str], home: str, wanted: Mapping[str, Any], forget: str) -> list[Problem]:
+def unmoved(moved: Mapping[str, str], data: str, wanted: Mapping[str, Any], forget: str) -> list[Problem]:
     """What would begin anew on this host although there is data elsewhere."""
     problems = []
-    if "postgres" in moved and not wanted["external"] and not any(Path(home, "var/postgres").glob("*/PG_VERSION")):
+    # A container's own folder is not for the service user to look into.
+    begun = any(any(Path(data, "postgres").glob(name)) for name in ("*/PG_VERSION", "pgdata"))
+    if "postgres" in moved and not wanted["external"] and not begun:
         problems.append(
             Problem(
                 f"Dify's data is in {moved['postgres']}; this host's PostgreSQL has none of it: Dify would begin anew.",
@@ -425,14 +427,14 @@ def unmoved(moved: Mapping[str, str], home: str, wanted: Mapping[str, Any], forg
                 f"- if the data may be forgotten, delete {forget}",
             )
         )
-    if "storage" in moved and wanted["storage"]["kind"] == "fs" and not any(Path(home, "var/storage").glob("*")):
+    if "storage" in moved and wanted["storage"]["kind"] == "fs" and not any(Path(data, "storage").glob("*")):
         problems.append(
             Problem(
-                f"Dify's files are in {moved['storage']}, but {home}/var/storage has none of them: uploads would be "
+                f"Dify's files are in {moved['storage']}, but {data}/storage has none of them: uploads would be "
                 "missing, and stored credentials could not be read.",
                 "dify_storage",
                 "one of these:\n"
-                f"- copy them first, with any client: under the same names, into {home}/var/storage\n"
+                f"- copy them first, with any client: under the same names, into {data}/storage\n"
                 "- leave dify_storage as it was\n"
                 f"- if the files may be forgotten, delete {forget}",
             )

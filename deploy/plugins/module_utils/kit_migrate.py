@@ -7,24 +7,43 @@ empty database, then says by itself how far it is.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .kit_files import parse_env
 
 if TYPE_CHECKING:
     import psycopg
 
 _REVISION = re.compile(r"^(revision|down_revision)(?:\s*:[^=\n]+)?\s*=\s*(\([^)]*\)|[^#\n]+)", re.MULTILINE)
 LOG_TAIL_LINES = 25
-#: A mode's data is there where both of these are, below kit_home: the first is written when Dify has run with it.
+
+
+class Signs(NamedTuple):
+    """Where a mode's data is seen.
+
+    Attributes:
+        note: below kit_home, written when Dify has run with that mode.
+        data: its PostgreSQL's folder, below kit_home.
+        env: what Dify was told, below kit_home.
+        own: the address of its PostgreSQL in there, unless another server is the site's.
+    """
+
+    note: str
+    data: str
+    env: str
+    own: str
+
+
 SIGNS = {
-    "source": ("current", "var/postgres"),
-    "compose": ("etc/compose/has-data.json", "var/compose/postgres"),
+    "source": Signs("current", "var/postgres", "etc/env/api.env", "127.0.0.1"),
+    "compose": Signs("etc/compose/has-data.json", "var/compose/postgres", "etc/env/dify.env", "db_postgres"),
 }
 # The modules' argument. Only the password is hidden: hiding the whole would blank out every "dify" in what they say.
 POSTGRES_SPEC: dict[str, Any] = {
@@ -118,7 +137,7 @@ def current(connection: psycopg.Connection[Any]) -> set[str]:
     return {row[0] for row in connection.execute("SELECT version_num FROM public.alembic_version")}
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(postgres: Mapping[str, Any]) -> Iterator[psycopg.Connection[Any]]:
     """A connection that commits each statement.
 
@@ -184,11 +203,26 @@ def point_current(home: Path, version: str, *, check: bool = False) -> bool:
     return True
 
 
+def is_filled(folder: Path) -> bool:
+    """Whether a folder is there, with something in it."""
+    with contextlib.suppress(OSError):
+        return any(folder.iterdir())
+    return False
+
+
+def elsewhere(home: Path, mode: str) -> str:
+    """The address of the PostgreSQL that the mode's Dify uses, where it isn't the mode's own; empty otherwise."""
+    signs = SIGNS[mode]
+    with contextlib.suppress(OSError):
+        host = parse_env((home / signs.env).read_text()).get("DB_HOST", "")
+        return host if host != signs.own else ""
+    return ""
+
+
 def alive(home: Path, mode: str) -> bool:
     """Whether that mode has the site's data: a deploy in it has come so far that Dify ran."""
-    note, data = SIGNS[mode]
-    folder = home / data
-    return os.path.lexists(home / note) and folder.is_dir() and any(folder.iterdir())
+    signs = SIGNS[mode]
+    return os.path.lexists(home / signs.note) and (is_filled(home / signs.data) or bool(elsewhere(home, mode)))
 
 
 def make_signing_key(cli: str, key: Path, log: Path, *, check: bool = False) -> list[str]:

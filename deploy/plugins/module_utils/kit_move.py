@@ -20,7 +20,7 @@ from typing import Any
 
 from .kit_files import parse_env
 from .kit_images import docker
-from .kit_migrate import alive, point_current
+from .kit_migrate import SIGNS, alive, elsewhere, point_current
 
 #: Services of upstream's Compose file.
 DATABASES = ("db_postgres", "pgvector")
@@ -220,8 +220,11 @@ class Containers:
 
     def pairs(self, own: Sequence[str]) -> list[tuple[str, str, str]]:
         """The kit's databases (Dify's, the plugin daemon's, the vectors'), each with its service and its name there."""
+        known = self.services()
+        if "db_postgres" not in known:
+            return []  # another server's, in either mode
         there = [("db_postgres", self.settings["DB_DATABASE"]), ("db_postgres", self.settings["DB_PLUGIN_DATABASE"])]
-        if "pgvector" in self.services():
+        if "pgvector" in known:
             there.append(("pgvector", self.settings["PGVECTOR_DATABASE"]))
         return [(name, *place) for name, place in zip(own, there, strict=False)]
 
@@ -324,6 +327,23 @@ def check_one(home: Path) -> None:
         )
 
 
+def check_servers(home: Path) -> None:
+    """Refuse to change PostgreSQL's server together with the mode: of which data there is, nothing would be sure.
+
+    Both modes' settings are there: one's of the deploy before, the other's of this one.
+
+    Raises:
+        MoveProblem: one mode has a PostgreSQL of the kit's, the other has another.
+    """
+    there = {mode: elsewhere(home, mode) for mode in SIGNS}
+    if bool(there["source"]) != bool(there["compose"]):
+        other = "".join(there.values())
+        raise MoveProblem(
+            f"With the mode, PostgreSQL would change: {other} is the site's in one mode, the kit's own in the other.\n"
+            "Remedy: move with postgres_source as it was, and change it with another deploy."
+        )
+
+
 def fill_containers(home: Path, own: Sequence[str], containers: Containers, image: str) -> int:
     """Copy source mode's data into containers whose databases run; return the rows.
 
@@ -370,11 +390,12 @@ def from_containers(home: Path, version: str, own: Sequence[str], check: bool) -
     if check:
         return ["the containers' data moved to source mode"]
     if alive(home, "compose"):
+        check_servers(home)
         image = json.loads((folder / "images.json").read_text())["cleaner"]
         containers = Containers((str(program),), parse_env((home / "etc/env/dify.env").read_text()))
         check_room(image, home, [home / "var/compose"])
-        databases = containers.services()
-        containers.call("up", "--detach", "--no-deps", "--no-build", "--pull", "never", *databases)
+        if databases := containers.services():
+            containers.call("up", "--detach", "--no-deps", "--no-build", "--pull", "never", *databases)
         # What writes is stopped first. One-shot services have ended.
         if others := sorted(set(containers.call("ps", "--services").split()) - set(databases)):
             containers.call("stop", *others)

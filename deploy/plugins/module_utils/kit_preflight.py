@@ -1015,31 +1015,33 @@ def check_redis(findings: Findings, home: Path, account: Account) -> None:
 
 
 def check_parts(
-    findings: Findings, home: str, account: Account, parts: Mapping[str, Any], environment: Mapping[str, str]
+    findings: Findings, home: str, account: Account, parts: Mapping[str, Any], environment: Mapping[str, str], mode: str
 ) -> None:
     """PostgreSQL, Redis, file storage and the vector store, whoever runs them; see the module's ``stores``."""
-    env_file = Path(home, "etc/env/api.env")
+    deployed = mode != "skip"
+    signs = kit_migrate.SIGNS[mode if deployed else "source"]
+    env_file, data = Path(home, signs.env), Path(home, signs.data).parent
     before: dict[str, str] = {}
     with contextlib.suppress(OSError):
         before = parse_env(env_file.read_text())
     postgres, redis, storage, vector = (parts[name] for name in ("postgres", "redis", "storage", "vector"))
     wanted = {"postgres": postgres, "storage": storage, "external": postgres["source"] == "external"}
-    moved = kit_external.moves(before, home, wanted) if parts["dify"] else {}
-    findings.problems += kit_external.unmoved(moved, home, wanted, str(env_file))
+    moved = kit_external.moves(before, str(data), wanted) if deployed else {}
+    findings.problems += kit_external.unmoved(moved, str(data), wanted, str(env_file))
     ca_file = environment.get("SSL_CERT_FILE", "")
     web = {"environment": environment, "ca_file": ca_file}
     servers: dict[str, Mapping[str, Any]] = {}
     if wanted["external"]:
         servers["postgres"] = {**postgres, "moved_from": moved.get("postgres", ""), "forget": str(env_file)}
-    else:
+    elif postgres["source"] != "container":
         check_postgres(findings, Path(home), postgres)
     if redis["source"] == "external":
         servers["redis"] = redis
     elif redis["source"] == "system":
         check_redis(findings, Path(home), account)
-    if parts["dify"] and storage["kind"] == "s3":
+    if deployed and storage["kind"] == "s3":
         servers["storage"] = {**storage, **web, "moved_from": moved.get("storage", ""), "forget": str(env_file)}
-    if parts["dify"] and vector["kind"] != "pgvector":
+    if deployed and vector["kind"] != "pgvector":
         servers["vector"] = {**vector, **web}
     answers = kit_external.examine(servers)
     findings.problems += answers.problems
@@ -1054,13 +1056,13 @@ def check_mode(findings: Findings, home: str, mode: str, move: bool) -> bool:
     other = {"source": "compose", "compose": "source"}.get(mode, "")
     left_behind = bool(other) and not move and kit_migrate.alive(Path(home), other)
     if left_behind:
-        note, data = kit_migrate.SIGNS[other]
+        signs, there = kit_migrate.SIGNS[other], kit_migrate.elsewhere(Path(home), other)
         findings.problem(
             f"Dify runs here with dify_mode {other}, whose data {mode} mode would not see.",
-            f"{home}/{data}",
+            f"PostgreSQL at {there}" if there else f"{home}/{signs.data}",
             f"one of these:\n- dify_mode: {other}\n- take the data along: make deploy "
             f'MODE={mode} ARGS="-e dify_move_data=yes"\n- another kit_home for the new site\n'
-            f"- begin without that data, which stays where it is: delete {home}/{note}",
+            f"- begin without that data, which stays where it is: delete {home}/{signs.note}",
         )
     return left_behind
 
@@ -1130,7 +1132,8 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     asking, looking, boxed, stored, engine = Findings(), Findings(), Findings(), Findings(), Findings()
     with ThreadPoolExecutor(max_workers=6) as pool:
         network = pool.submit(check_sources, asking, parts, sources, account, environment, mirrors)
-        stores = pool.submit(check_parts, stored, home, account, parameters["stores"], environment)
+        kept = (parameters["stores"], environment, parameters["mode"])
+        stores = pool.submit(check_parts, stored, home, account, *kept)
         python = None
         if any(part.python for part in parts):
             python = pool.submit(check_python, looking, account, parameters["python"], environment)
@@ -1178,12 +1181,13 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     findings.problems += looking.problems + asking.problems + boxed.problems + stored.problems + engine.problems
     findings.notices += others.result() + boxed.notices + stored.notices + mirrors.summary()
 
-    has_data = False
-    for data in (Path(home, "var", "postgres"), Path(home, "var", "compose", "postgres")):
-        with contextlib.suppress(OSError):
-            has_data = has_data or (data.is_dir() and any(data.iterdir()))
+    modes = kit_migrate.SIGNS.items()
     return findings, {
-        "has_data": has_data,
+        "has_data": any(
+            kit_migrate.is_filled(Path(home, signs.data)) or kit_migrate.alive(Path(home), each)
+            for each, signs in modes
+        ),
+        "has_vectors": kit_migrate.is_filled(Path(home, "var", "compose", "pgvector")),
         "agent_runtime_lacks": lacks,
         "mirrors": mirrors.chosen,
         "sandbox": sandbox.result(),

@@ -463,9 +463,18 @@ def check_compose(values: Mapping[str, Any], where: Mapping[str, str]) -> list[P
     problems = []
     for name in sorted(where):
         for prefix, instead in SOURCE_ONLY.items():
-            if name.startswith(prefix):
+            if name.startswith(prefix) and values.get(f"{prefix}source") != "external":
                 what = f"{name} is set, but dify_mode is compose: what runs there is {instead}."
-                problems.append(Problem(what, where[name], "delete the line, or choose dify_mode: source."))
+                other = "" if prefix == "sandbox_" else f"; for a server that runs elsewhere, {prefix}source: external"
+                remedy = f"delete the line, or choose dify_mode: source{other}."
+                problems.append(Problem(what, where[name], remedy))
+    for name in ("postgres", "redis"):
+        # What is checked from the host, containers must reach by the same address.
+        host = str(values.get(f"{name}_host") or "")
+        if values.get(f"{name}_source") == "external" and re.fullmatch(r"localhost|127\.[\d.]+|::1|/.*", host):
+            what = f"{name}_host is {host}, which in a container is the container itself."
+            place = where.get(f"{name}_host", f"{name}_host")
+            problems.append(Problem(what, place, "write an address at which the network finds that server."))
     source = values.get("dify_compose_images")
     needed = {"mirror": ["mirror"], "archive": ["archive", "archive_sha256"]}
     for kind, names in needed.items():

@@ -117,6 +117,7 @@ def take_over(module: AnsibleModule, project: Project, text: str, config: dict[s
     if module.check_mode:
         return ["source mode's data moved into containers"]
     if alive(home, "source"):
+        kit_move.check_servers(home)
         image = images(module.params)["cleaner"]
         kit_move.check_room(image, home, [home / name for name in ours])
         stop(home, want["services"])
@@ -124,8 +125,8 @@ def take_over(module: AnsibleModule, project: Project, text: str, config: dict[s
         # What a move that broke off has left.
         project.data.mkdir(parents=True, exist_ok=True)
         kit_move.in_container(image, "find /to -mindepth 1 -maxdepth 1 -exec rm -rf {} +", to=(project.data, True))
-        databases = [name for name in kit_move.DATABASES if name in config["services"]]
-        project.start(text, config, "--no-deps", *databases)
+        if databases := [name for name in kit_move.DATABASES if name in config["services"]]:
+            project.start(text, config, "--no-deps", *databases)
         containers = kit_move.Containers((str(home / COMMAND),), parse_env(project.settings.read_text()))
         rows = kit_move.fill_containers(home, want["databases"], containers, image)
         done.append(f"{rows} rows and the files of source mode moved into containers")

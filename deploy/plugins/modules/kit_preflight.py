@@ -46,19 +46,21 @@ options:
       The Compose project's name, where Dify runs in containers or comes from them. The bridge is returned as
       C(docker_bridge).
   docker_builds: {type: bool, default: false, description: Whether images are built there.}
-  mode: {type: str, required: true, description: The site's dify_mode.}
+  mode:
+    type: str
+    required: true
+    description: The site's dify_mode. C(has_data) and C(has_vectors) say what an earlier deploy has left in any mode.
   move: {type: bool, default: false, description: Whether the other mode's data is taken along.}
   stores:
     type: dict
     required: true
     description: >-
-      C(postgres), C(redis), C(storage) and C(vector), of the kit (what is on the host must fit) or external (they are
-      asked), and whether C(dify) is deployed; see kit_postgres_cluster and kit_external.
+      C(postgres), C(redis), C(storage) and C(vector), of the kit (what is on the host must fit), of a container or
+      external (they are asked); see kit_postgres_cluster and kit_external.
 """
 
 # Each secret is marked by itself: hiding the whole would blank out every "dify" in what the module says.
 STORES: dict[str, Any] = {
-    "dify": {"type": "bool", "required": True},
     "postgres": {
         "type": "dict",
         "required": True,
