@@ -32,7 +32,9 @@ LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 
 def env(home: str, name: str) -> dict[str, str]:
-    """The variables of etc/env/<name>.env."""
+    """The variables of etc/env/<name>.env; in a container, which has no home, those that it was started with."""
+    if not home:
+        return dict(os.environ)
     lines = Path(home, "etc", "env", f"{name}.env").read_text().splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return dict(word[0].split("=", 1) for word in words if word)
@@ -197,7 +199,7 @@ def environments(home: str, supervisord: int, services: dict[str, int]) -> dict[
 def become_api(home: str) -> None:
     """Lets this process import Dify's own code, with the API's settings."""
     os.environ |= env(home, "api")
-    os.chdir(os.path.join(home, "current", "api"))
+    os.chdir(os.path.join(home, "current", "api") if home else "/app/api")
     sys.path.insert(0, os.getcwd())
 
 
