@@ -192,7 +192,10 @@ class ActionModule(ActionBase):
         names = [name for name in specs if name.startswith("dify_compose_")]
         if value("dify_mode") == "compose" and not broken & set(names):
             chosen = {name: value(name) or specs[name].get("default") for name in names}
-            yield from rules.check_compose(chosen, where)
+            servers = {
+                f"{part}_{what}": value(f"{part}_{what}") for part in rules.SERVERS for what in ("source", "host")
+            }
+            yield from rules.check_compose(chosen | servers, where)
         names = [name for name in specs if name.startswith(rules.PART_NAMES)]
         if not broken & set(names):
             parts = {name: value(name) for name in names}
