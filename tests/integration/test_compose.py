@@ -88,8 +88,8 @@ def files(real: tuple[str, Path, Path], tmp_path: Path, **other: Any) -> kit_com
     }
     render(directory / "override.yaml", values)
     (tmp_path / "settings.env").write_text(kit_files.render_env(settings(of)))
-    known = {name for names in env_keys(version).values() for name in names} | set(kit_compose.PLUGINS)
-    known |= {*kit_network.environment("/x", "http://p:1", "http://p:1"), "PGSSLMODE", "PGSSLROOTCERT"}
+    known = {name for names in env_keys(version).values() for name in names}
+    known |= set(kit_network.environment("/x", "http://p:1", "http://p:1"))
     allowed = [Path(CA), Path(values["dify_compose_uv"]), *map(Path, keys), *map(Path, of["roots"].values())]
     data = tmp_path / "var/compose"
     return kit_compose_engine.Project("kit", directory, upstream, data, tmp_path / "settings.env", known, allowed)

@@ -443,3 +443,19 @@ def test_a_too_long_home_is_refused_with_the_remedy(server_venv: Path, tmp_path:
     home = Home(tmp_path / ("x" * 90), server_venv)
     with pytest.raises(ServiceProblem, match=r"too long for a socket.*Remedy: choose a shorter kit_home"):
         reconcile([Web(home).service()], home.root)
+
+
+def test_containers_that_never_started_are_in_nobodys_way(web: Web) -> None:
+    """A first deploy that was refused before them: nothing can be asked of Compose, and all of it can be removed."""
+    reconcile([web.service()], web.home.root)
+    program = web.home.root / "runtime/bin/kit-compose"
+    program.write_text("#!/bin/sh\necho couldn\\'t find env file: .env >&2\nexit 1\n")
+    program.chmod(0o700)
+    assert web.home.kitctl("status").returncode == 0
+    assert web.home.kitctl("restart", "web").returncode == 0
+    stopped = web.home.kitctl("stop")
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    settings = web.home.root / "etc/compose/.env"
+    settings.parent.mkdir()
+    settings.touch()
+    assert "find env file" in web.home.kitctl("stop").stderr

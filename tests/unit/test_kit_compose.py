@@ -58,7 +58,7 @@ def site(version: str = "1.16.0", **other: Any) -> dict[str, Any]:
 
 
 def elsewhere() -> dict[str, Any]:
-    """What makes a site of one whose PostgreSQL and Redis are others', with TLS."""
+    """What makes a site of one whose PostgreSQL, Redis and files are elsewhere, with TLS."""
     postgres = {"host": "db.example.com", "port": 5433, "sslmode": "verify-full", "sslrootcert": "/etc/db-roots.pem"}
     redis = {"host": "redis.example.com", "port": 6380, "username": "dify", "tls": True}
     return {
@@ -67,6 +67,8 @@ def elsewhere() -> dict[str, Any]:
         "pgvector": False,
         "postgres": site()["postgres"] | postgres,
         "redis": site()["redis"] | redis | {"ca_file": "/etc/redis-roots.pem"},
+        "storage": {"kind": "s3", "endpoint": "https://s3.example.com", "region": "us-east-1", "bucket": "dify"}
+        | {"access_key": "s3-key", "secret_key": "s3-secret", "address_style": "path"},
     }
 
 
@@ -108,9 +110,9 @@ def test_every_setting_is_one_that_the_release_reads(version: str) -> None:
     agent = site()["agent"] | ({} if version == "1.16.0" else {"url": ""})
     network = set(kit_network.environment("/x", "http://p:1", "http://p:1"))
     found = set(settings(site(version, agent=agent)))
-    assert found - known - network == set(kit_compose.PLUGINS)
+    assert found - known - network == {"MAX_INVOCATION_TIMEOUT", "MAX_REQUEST_TIMEOUT"}
     found = set(settings(site(version, agent=agent, **elsewhere())))
-    assert found - known - network == set(kit_compose.PLUGINS) | {"PGSSLMODE", "PGSSLROOTCERT"}
+    assert found - known - network == kit_compose.LIBRARIES
 
 
 def test_containers_are_told_of_containers() -> None:

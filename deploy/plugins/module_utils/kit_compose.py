@@ -31,8 +31,17 @@ NEAR = (
 #: Where the override mounts the public keys of who may sign plugins, and root certificates of servers of the site's.
 KEYS = "/app/keys"
 ROOTS = {"postgres": "/app/kit/postgres-roots.pem", "redis": "/app/kit/redis-roots.pem"}
-#: What plugins inherit from the daemon, which reads them for nothing itself.
-PLUGINS = ("MAX_INVOCATION_TIMEOUT", "MAX_REQUEST_TIMEOUT")
+#: What a release's own files don't name: read by libraries, or by plugins, which inherit them from the daemon.
+LIBRARIES = frozenset(
+    {
+        "AWS_REQUEST_CHECKSUM_CALCULATION",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION",
+        "MAX_INVOCATION_TIMEOUT",
+        "MAX_REQUEST_TIMEOUT",
+        "PGSSLMODE",
+        "PGSSLROOTCERT",
+    }
+)
 # Settings of the kit's own that the oldest release it deploys does not know: left out there. Any other that a release
 # does not know is a problem, see ``merge``.
 NEWER = frozenset(

@@ -22,6 +22,7 @@ from typing import Any
 
 from . import kit_images
 from .kit_compose import (
+    LIBRARIES,
     ONE_SHOT,
     ComposeProblem,
     check_config,
@@ -94,7 +95,7 @@ class Project:
         """
         example, known, secrets = read_docker(self.upstream)
         ours = parse_env(self.settings.read_text())
-        env, problems = merge(example, ours, known | self.known, secrets, str(self.settings))
+        env, problems = merge(example, ours, known | self.known | LIBRARIES, secrets, str(self.settings))
         if problems:
             raise ComposeProblem(problems)
         # A mounted file that was replaced stays the old one in a container until that is made anew.
