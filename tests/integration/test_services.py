@@ -459,3 +459,4 @@ def test_containers_that_never_started_are_in_nobodys_way(web: Web) -> None:
     settings.parent.mkdir()
     settings.touch()
     assert "find env file" in web.home.kitctl("stop").stderr
+    settings.unlink()
