@@ -310,6 +310,8 @@ def put_away(home: Path, mode: str, names: Iterable[str]) -> Path:
 
 OWN = ("var/postgres", "var/redis", "var/storage", "var/plugins", "etc/postgres.marker")
 CONTAINERS = ("var/compose",)
+#: Beside containers' data that was put away: the name of an image in which it can be deleted.
+CLEANER = "cleaner"
 #: The kit's folders and the containers', below kit_home.
 _FILES = (("var/storage", "var/compose/storage"), ("var/plugins/storage", "var/compose/plugins"))
 
@@ -405,7 +407,10 @@ def from_containers(home: Path, version: str, own: Sequence[str], check: bool) -
         (folder / "has-data.json").unlink()
     # From here on source mode's data is the site's; what follows is done again where it broke off.
     Containers((str(program),), {}).call("down", "--remove-orphans")
+    cleaner = json.loads((folder / "images.json").read_text())["cleaner"]
     aside = put_away(home, "compose", CONTAINERS)
+    # Who deletes it one day needs a root inside of a container.
+    (aside / CLEANER).write_text(cleaner)
     program.unlink()
     shutil.rmtree(folder)
     return [*done, f"the containers' data put away to {aside}"]

@@ -171,7 +171,9 @@ def absent(module: AnsibleModule) -> list[str]:
 def delete(module: AnsibleModule, home: Path, data: Path) -> None:
     """Delete what containers have written, as root in one of an image that the host has: the files are their users'."""
     try:
-        image = json.loads((home / DIRECTORY / "images.json").read_text())["cleaner"]
+        note = data / kit_move.CLEANER
+        known = home / DIRECTORY / "images.json"
+        image = note.read_text() if note.exists() else json.loads(known.read_text())["cleaner"]
         kit_move.in_container(image, "find /data -mindepth 1 -maxdepth 1 -exec rm -rf {} +", data=(data, True))
         shutil.rmtree(data)
     except (OSError, kit_move.MoveProblem) as problem:
