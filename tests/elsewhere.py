@@ -44,9 +44,7 @@ NO_QDRANT = (
 PASSWORD = "dify+/=$%-word"
 
 
-def certificate(
-    folder: Path, name: str, issuer: tuple[Any, Any] | None = None, address: str = "127.0.0.1"
-) -> tuple[Any, Any]:
+def certificate(folder: Path, name: str, issuer: tuple[Any, Any] | None = None, address: str = "") -> tuple[Any, Any]:
     """A certificate for a host by an authority, or an authority's own; in files, its key for its owner only."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -61,7 +59,9 @@ def certificate(
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
         .add_extension(
-            x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(ipaddress.ip_address(address))]),
+            x509.SubjectAlternativeName(
+                [x509.DNSName(name), *([x509.IPAddress(ipaddress.ip_address(address))] if address else [])]
+            ),
             critical=False,
         )
     )
@@ -88,7 +88,7 @@ class Elsewhere:
     def __init__(self, root: Path, address: str) -> None:
         self.root = root
         self.address = address
-        # By which it is known: the certificate has both.
+        # By which it is known, and no other: certificates are for this.
         self.host = "localhost" if address == "127.0.0.1" else address
         self.ca = root / "authority.pem"
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -101,7 +101,7 @@ class Elsewhere:
         site = cls(root, address)
         try:
             authority = certificate(root, "authority")
-            certificate(root, "localhost", authority, address)
+            certificate(root, "localhost", authority, "" if site.host == "localhost" else address)
             root.chmod(0o755)
             for path in (root, root / "localhost.key"):
                 site.give(path)
@@ -238,7 +238,8 @@ class Elsewhere:
             "-volume.max=8", "-master.volumeSizeLimitMB=16", "-filer", f"-filer.localSocket={self.root}/filer.sock",
             "-s3", f"-s3.config={self.root}/s3.json", f"-s3.cert.file={self.root}/localhost.pem",
             f"-s3.key.file={self.root}/localhost.key", f"-s3.localSocket={self.root}/s3.sock",
-            *(f"-{name}={port}" for name, port in ports.items()),
+            # Catalogs at fixed ports, for nobody here.
+            "-s3.port.iceberg=0", "-s3.port.lance=0", *(f"-{name}={port}" for name, port in ports.items()),
         )  # fmt: skip
         files = f"http://{self.address}:{ports['filer.port']}/buckets/kit/"
 
