@@ -847,6 +847,21 @@ def test_containers_that_begin_anew_beside_their_data_are_refused(tmp_path: Path
     assert stores_problems(tmp_path, "compose", **own) == []
 
 
+def test_files_are_not_left_in_the_other_mode(tmp_path: Path) -> None:
+    """A site that changes its mode, and with it the place of its files."""
+    (tmp_path / "etc/env").mkdir(parents=True)
+    (tmp_path / "var/postgres/16").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/1.16.0")
+    told = tmp_path / "etc/env/api.env"
+    told.write_text("DB_DATABASE='dify'\nDB_HOST='127.0.0.1'\nDB_PORT='5'\nSTORAGE_TYPE='opendal'\n")
+    own = {"source": "container", "host": "db_postgres"}
+    assert stores_problems(tmp_path, "compose", **own) == [], "the move copies them"
+    told.write_text(told.read_text().replace("opendal", "s3") + "S3_BUCKET_NAME='b'\n")
+    (files,) = stores_problems(tmp_path, "compose", **own)
+    assert "Dify's files are in the bucket b" in files
+    assert f"into {tmp_path}/var/compose/storage" in files
+
+
 def test_a_postgres_that_cannot_read_the_data_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "var/postgres/16"
     data.mkdir(parents=True)

@@ -1019,14 +1019,19 @@ def check_parts(
 ) -> None:
     """PostgreSQL, Redis, file storage and the vector store, whoever runs them; see the module's ``stores``."""
     deployed = mode != "skip"
-    signs = kit_migrate.SIGNS[mode if deployed else "source"]
-    env_file, data = Path(home, signs.env), Path(home, signs.data).parent
+    mode = mode if deployed else "source"
+    # Where the site changes its mode, what it was told in the other one counts.
+    came = next((each for each in (mode, *kit_migrate.SIGNS) if kit_migrate.alive(Path(home), each)), mode)
+    env_file = Path(home, kit_migrate.SIGNS[came].env)
+    data, old = (Path(home, kit_migrate.SIGNS[each].data).parent for each in (mode, came))
     before: dict[str, str] = {}
     with contextlib.suppress(OSError):
         before = parse_env(env_file.read_text())
     postgres, redis, storage, vector = (parts[name] for name in ("postgres", "redis", "storage", "vector"))
     wanted = {"postgres": postgres, "storage": storage, "external": postgres["source"] == "external"}
-    moved = kit_external.moves(before, str(data), wanted) if deployed else {}
+    moved = kit_external.moves(before, str(old), wanted) if deployed else {}
+    if came != mode:
+        moved.pop("postgres", None)  # see kit_move
     findings.problems += kit_external.unmoved(moved, str(data), wanted, str(env_file))
     ca_file = environment.get("SSL_CERT_FILE", "")
     web = {"environment": environment, "ca_file": ca_file}
