@@ -316,6 +316,14 @@ class Person:
         found = json.loads(done.stdout)
         return told(found)
 
+    def first_answer(self) -> str:
+        """The answer after a deploy that every later one is held against: not empty, and no error."""
+        answer = self.answer()
+        assert answer.strip(), f"{self.name}: the answer is empty"
+        assert not answer.startswith("error: "), answer
+        say(f"{self.name}: the answer is {answer!r}")
+        return answer
+
     def picture_tokens(self) -> dict[str, int]:
         """The prompt's tokens of PICTURE_QUESTION by every way to the model that there is.
 

@@ -22,7 +22,7 @@ from tests import go_programs
 from tests.compose import images
 from tests.compose.engine import REGISTRY, docker
 from tests.e2e.containers import containers, user_of_docker
-from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, expect_answer, say
+from tests.e2e.harness import RELEASE, TIMINGS, WORK, Person, Timing, expect_answer
 from tests.e2e.machine import machine
 from tests.e2e.picture import expect_picture
 from tests.e2e.ssh import expect_as_before
@@ -38,10 +38,7 @@ def deployed() -> Iterator[tuple[Person, str]]:
     """The user after the first deploy, by `build`, and the answer that every later one must equal."""
     with user_of_docker(NAME) as person:
         person.make("deploy", HOUR, title="first deploy, images by build")
-        answer = person.answer()
-        assert answer.strip(), "the answer is empty"
-        assert not answer.startswith("error: "), answer
-        say(f"{person.name}: the answer is {answer!r}")
+        answer = person.first_answer()
         yield person, answer
 
 

@@ -8,7 +8,6 @@ import subprocess
 import pytest
 
 from tests.e2e.containers import containers, user_of_docker
-from tests.e2e.harness import say
 from tests.e2e.test_elsewhere import SECRETS, put_secrets, settings, vector_settings
 from tests.elsewhere import PASSWORD, Elsewhere
 
@@ -38,10 +37,7 @@ def test_everything_elsewhere() -> None:
         put_secrets(person, dict.fromkeys(SECRETS, PASSWORD))
         person.make("deploy", HOUR, title="containers, everything else elsewhere")
         assert not {"db_postgres", "pgvector", "redis"} & set(containers(NAME))
-        answer = person.answer()
-        assert answer.strip(), "Dify's answer is empty"
-        assert not answer.startswith("error: "), answer
-        say(f"{person.name}: the answer is {answer!r}")
+        answer = person.first_answer()
         outcome = person.make("deploy", 600, title="everything elsewhere, nothing to do")
         assert outcome.changed == 0, f"the second deploy changed something:\n{outcome.tail()}"
         assert " passed" in person.make("check", 600).output

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.harness import Person, say
+from tests.e2e.harness import Person
 from tests.elsewhere import PASSWORD, Elsewhere
 
 HOUR = 3600
@@ -106,10 +106,7 @@ def test_everything_elsewhere(person: Person, vectors: str) -> None:
     put_secrets(person, dict.fromkeys(SECRETS, PASSWORD))
     person.make("deploy", 2 * HOUR, title="everything elsewhere, with cache")
     assert not {"postgres", "redis"} & set(person.facts["services"])
-    answer = person.answer()
-    assert answer.strip(), "Dify's answer is empty"
-    assert not answer.startswith("error: "), answer
-    say(f"{person.name}: the answer is {answer!r}")
+    answer = person.first_answer()
     outcome = person.make("deploy", 600, title="everything elsewhere, nothing to do")
     assert outcome.changed == 0, f"the second deploy changed something:\n{outcome.tail()}"
     assert person.answer() == answer
