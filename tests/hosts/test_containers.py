@@ -225,6 +225,10 @@ def test_stores_answer_those_who_know_the_password(kit: KitHost) -> None:
     assert version != "None", "Dify's database has no schema. `make logs SERVICE=api`"
     tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
     assert int(ask(env["DB_PLUGIN_DATABASE"], tables)) > 5, "the plugin daemon's database has no tables"
+    if "pgvector" in kit.containers:
+        sql = "SELECT name FROM pg_available_extensions WHERE name = 'vector'"
+        psql = f'PGPASSWORD="$POSTGRES_PASSWORD" psql -h 127.0.0.1 -U postgres -d "$POSTGRES_DB" -tAc "{sql}"'
+        assert inside(kit, "pgvector", "sh", "-c", psql) == "vector", "the vectors' database has no pgvector"
     if env.get("PGSSLMODE", "disable") != "disable":
         encrypted = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
         assert ask(env["DB_DATABASE"], encrypted) == "True", "PostgreSQL is spoken to in the clear"

@@ -193,7 +193,7 @@ class ActionModule(ActionBase):
         if value("dify_mode") == "compose" and not broken & set(names):
             chosen = {name: value(name) or specs[name].get("default") for name in names}
             servers = {
-                f"{part}_{what}": value(f"{part}_{what}") for part in rules.SERVERS for what in ("source", "host")
+                f"{part}_{what}": value(f"{part}_{what}") for part in rules.EXTERNAL_ONLY for what in ("source", "host")
             }
             yield from rules.check_compose(chosen | servers, where)
         names = [name for name in specs if name.startswith(rules.PART_NAMES)]

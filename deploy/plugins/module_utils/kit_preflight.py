@@ -1137,8 +1137,7 @@ def examine(parameters: Mapping[str, Any], connecting: str) -> tuple[Findings, d
     asking, looking, boxed, stored, engine = Findings(), Findings(), Findings(), Findings(), Findings()
     with ThreadPoolExecutor(max_workers=6) as pool:
         network = pool.submit(check_sources, asking, parts, sources, account, environment, mirrors)
-        kept = (parameters["stores"], environment, parameters["mode"])
-        stores = pool.submit(check_parts, stored, home, account, *kept)
+        stores = pool.submit(check_parts, stored, home, account, parameters["stores"], environment, parameters["mode"])
         python = None
         if any(part.python for part in parts):
             python = pool.submit(check_python, looking, account, parameters["python"], environment)

@@ -455,10 +455,6 @@ SOURCE_ONLY = {
 }
 
 
-# What of it may run elsewhere in either mode.
-SERVERS = ("postgres", "redis")
-
-
 def check_compose(values: Mapping[str, Any], where: Mapping[str, str]) -> list[Problem]:
     """A site in containers: images can be had, and no setting counts on a part that it has not.
 
@@ -472,7 +468,7 @@ def check_compose(values: Mapping[str, Any], where: Mapping[str, str]) -> list[P
                 other = "" if prefix == "sandbox_" else f"; for a server that runs elsewhere, {prefix}source: external"
                 remedy = f"delete the line, or choose dify_mode: source{other}."
                 problems.append(Problem(what, where[name], remedy))
-    for name in SERVERS:
+    for name in EXTERNAL_ONLY:
         # What is checked from the host, containers must reach by the same address.
         host = str(values.get(f"{name}_host") or "")
         if values.get(f"{name}_source") == "external" and re.fullmatch(r"localhost|127\.[\d.]+|::1|/.*", host):
